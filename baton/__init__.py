@@ -1,0 +1,1 @@
+"""Baton: the command line and the client library."""

@@ -1,0 +1,224 @@
+"""What a cluster on one machine consists of: from one spec, the command line of every process.
+
+Pure arithmetic over names, addresses and cores; it starts nothing. `baton/supervisor.py` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.decode.config import DecodeConfig
+from services.kv_store.config import KvStoreConfig
+from services.ops.config import as_arguments, option
+from services.ops.errors import ConfigError
+from services.prefill.config import PrefillConfig
+from services.scheduler.config import SchedulerConfig
+
+ROLES = ("kv-store", "scheduler", "prefill", "decode")  # the order of starting
+UNIX_PATH_BYTES_MAX = 107  # of sockaddr_un.sun_path, less the closing zero
+_MODULES = {role: f"services.{role.replace('-', '_')}" for role in ROLES}
+
+
+def default_run_dir(environ: Mapping[str, str] = os.environ) -> str:
+    """Where a cluster of this user keeps sockets, logs and journal."""
+    if chosen := environ.get("BATON_RUN_DIR"):
+        return chosen
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        return f"{runtime}/baton"
+    return f"/tmp/baton-{os.getuid()}"
+
+
+def default_model() -> str:
+    """The model that ships, in this checkout or below the working directory."""
+    shipped = Path(__file__).resolve().parent.parent / "models" / "pico"
+    return str(shipped) if shipped.is_dir() else "models/pico"
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """One machine's cluster. Every field is an option of `baton up` and a BATON_ variable."""
+
+    run_dir: str = option("", "sockets, logs, journal; empty: in XDG_RUNTIME_DIR or /tmp")
+    model: str = option("", "Hugging Face directory; empty: the model that ships")
+    decode: int = option(2, "decode workers")
+    prefill: int = option(1, "prefill workers")
+    medium: str = option("shm", "shm: one arena; zmq: prefill and decode each have their own")
+    listen: str = option("127.0.0.1:50051", "public gRPC address; port 0 picks one")
+    kv_dtype: str = option("auto", "f32, bf16 or auto: bf16 for bf16 weights, else f32")
+    layers_per_group: int = option(2, "layers streamed as one unit, 1 to all")
+    arena_bytes: int = option(256 << 20, "size of each arena")
+    prefill_device: str = option("cpu", "cpu, or a torch device: cuda, xpu, npu")
+    cpus: tuple[int, ...] = option((), "cores to share out, like 0-3; empty: all that are allowed")
+    prefill_cores: tuple[int, ...] = option((), "empty: the first of two or more")
+    decode_cores: tuple[int, ...] = option((), "of all but prefill; empty: the others")
+    stream: str = option("layers", "layers: announce each layer group; whole: once, at the end")
+    recover: str = option("takeover", "takeover, or reprefill: the control that recomputes")
+    unsafe: tuple[str, ...] = option((), "guards to switch off, for the chaos controls only")
+    failpoints: str = option("", "directory of armed failpoints; empty: none")
+    log_level: str = option("info", "debug, info, warning or error")
+    extra: tuple[str, ...] = option((), "more options, like prefill:--chunk-tokens=128")
+
+    def __post_init__(self) -> None:
+        run_dir = os.path.abspath(self.run_dir or default_run_dir())
+        object.__setattr__(self, "run_dir", run_dir)
+        object.__setattr__(self, "model", os.path.abspath(self.model or default_model()))
+        if not self.cpus:
+            object.__setattr__(self, "cpus", tuple(sorted(os.sched_getaffinity(0))))
+        if self.medium not in ("shm", "zmq"):
+            raise ConfigError(f"medium: {self.medium!r} is neither shm nor zmq")
+        for name in ("decode", "prefill"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
+        for entry in self.extra:
+            if not entry.partition(":")[2].startswith("--"):
+                raise ConfigError(f"extra: {entry!r} is not <role or name>:--option=value")
+        for store in range(self.stores):
+            self.unix(f"kv-store-{store}")
+        self.unix("scheduler")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_dir)
+
+    @property
+    def stores(self) -> int:
+        return 2 if self.medium == "zmq" else 1
+
+    def unix(self, name: str) -> str:
+        """The gRPC address of an internal socket. Raises ConfigError when run_dir is too long."""
+        socket = f"{self.run_dir}/{name}.sock"
+        if len(os.fsencode(socket)) > UNIX_PATH_BYTES_MAX:
+            raise ConfigError(f"run_dir: {socket} is longer than {UNIX_PATH_BYTES_MAX} bytes")
+        return f"unix:{socket}"
+
+    def arena_dir(self, store: int) -> str:
+        """Named after run_dir, so that a cluster that comes back finds its arena."""
+        return f"/dev/shm/baton-{hashlib.sha256(self.run_dir.encode()).hexdigest()[:12]}-{store}"
+
+    def cores(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prefill's cores and everybody else's; () is no pinning, as on a single core."""
+        if len(self.cpus) < 2:
+            return self.prefill_cores, self.decode_cores
+        prefill = self.prefill_cores or self.cpus[:1]
+        others = self.decode_cores or tuple(core for core in self.cpus if core not in prefill)
+        return prefill, others
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """One process to start. `unset`: variables that would speak where `argv` is silent."""
+
+    name: str
+    role: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unset: frozenset[str] = frozenset()
+
+    def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        return {k: v for k, v in environ.items() if k not in self.unset} | dict(self.env)
+
+
+def variables_of(config: type) -> frozenset[str]:
+    """The environment variables that `services.ops.config.load` reads for a config class."""
+    return frozenset(f"BATON_{field.name.upper()}" for field in dataclasses.fields(config))
+
+
+def processes(spec: ClusterSpec) -> list[ProcessSpec]:
+    """Every process of the cluster, in the order of starting."""
+    return [
+        *(_kv_store(spec, store) for store in range(spec.stores)),
+        _scheduler(spec),
+        *(_prefill(spec, n) for n in range(spec.prefill)),
+        *(_decode(spec, n) for n in range(spec.decode)),
+    ]
+
+
+def _kv_store(spec: ClusterSpec, store: int) -> ProcessSpec:
+    name = f"kv-store-{store}"
+    config = KvStoreConfig(
+        **_shared(spec, name),
+        **_devices(spec),
+        arena_dir=spec.arena_dir(store),
+        arena_bytes=spec.arena_bytes,
+        kv_dtype=spec.kv_dtype,
+        layers_per_group=spec.layers_per_group,
+        listen=spec.unix(name),
+        cores=spec.cores()[1],
+        unsafe=spec.unsafe,
+    )
+    return _process(spec, "kv-store", config)
+
+
+def _scheduler(spec: ClusterSpec) -> ProcessSpec:
+    config = SchedulerConfig(
+        **_shared(spec, "scheduler"),
+        listen=spec.listen,
+        control_listen=spec.unix("scheduler"),
+        stores=tuple(spec.unix(f"kv-store-{store}") for store in range(spec.stores)),
+        journal_dir=f"{spec.run_dir}/journal",
+        recover=spec.recover,
+        cores=spec.cores()[1],
+        unsafe=spec.unsafe,
+    )
+    return _process(spec, "scheduler", config)
+
+
+def _prefill(spec: ClusterSpec, n: int) -> ProcessSpec:
+    prefill, others = spec.cores()
+    config = PrefillConfig(
+        **_shared(spec, f"prefill-{n}"),
+        **_devices(spec),
+        scheduler=spec.unix("scheduler"),
+        arena_dir=spec.arena_dir(0),
+        device=spec.prefill_device,
+        stream=spec.stream,
+        io_core=others[0] if others else -1,
+        cores=prefill,
+    )
+    return _process(spec, "prefill", config)
+
+
+def _decode(spec: ClusterSpec, n: int) -> ProcessSpec:
+    config = DecodeConfig(
+        **_shared(spec, f"decode-{n}"),
+        **_devices(spec),
+        scheduler=spec.unix("scheduler"),
+        arena_dir=spec.arena_dir(spec.stores - 1),
+        cores=spec.cores()[1],
+        unsafe=spec.unsafe,
+    )
+    return _process(spec, "decode", config)
+
+
+def _shared(spec: ClusterSpec, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": spec.model,
+        "failpoints": spec.failpoints,
+        "log_level": spec.log_level,
+    }
+
+
+def _devices(spec: ClusterSpec) -> dict[str, Any]:
+    return {"prefill_device": spec.prefill_device.partition(":")[0]}
+
+
+def _process(spec: ClusterSpec, role: str, config: Any) -> ProcessSpec:
+    argv = (sys.executable, "-m", _MODULES[role], *as_arguments(config))
+    more = _extra_for(spec.extra, (role, config.name))
+    # Workers leave their sign of life in TMPDIR: one cluster must not see another's.
+    env = {"TMPDIR": spec.run_dir, "BATON_NAME": config.name}
+    unset = variables_of(type(config)) - env.keys()
+    return ProcessSpec(config.name, role, (*argv, *more), env, unset)
+
+
+def _extra_for(extra: Iterable[str], names: tuple[str, str]) -> tuple[str, ...]:
+    parts = (entry.partition(":") for entry in extra)
+    return tuple(argument for name, _, argument in parts if name in names)

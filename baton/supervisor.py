@@ -1,0 +1,306 @@
+"""The supervisor of a cluster on one machine: starts the processes, restarts the dead, ends all.
+
+It waits on each process, so a death is known at once, and it keeps `supervisor.json` in the run
+directory true. It knows command lines and pids and nothing about requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from baton.cluster import ClusterSpec, ProcessSpec, processes
+from baton.handle import (
+    STATE_FILE,
+    StartFailed,
+    SupervisorHandle,
+    start_time,
+    tail,
+    write_atomically,
+)
+from services.ops import config, lifecycle, log
+from services.ops.errors import ConfigError
+
+__all__ = ["Child", "RestartPolicy", "Supervisor", "SupervisorHandle", "main", "supervise"]
+
+QUICK_DEATH_S = 2.0
+BACKOFF_S_MIN, BACKOFF_S_MAX = 0.1, 5.0
+READY_S_MAX = 120.0
+STOP_S_MAX = 5.0
+STOP_ORDER = (("prefill", "decode"), ("scheduler",), ("kv-store",))
+_logger = log.get("supervisor")
+
+
+@dataclass
+class RestartPolicy:
+    """At once, unless the process died within two seconds of a restart: then ever later."""
+
+    deaths: int = 0
+    quick: int = 0
+
+    def delay(self, lived_s: float) -> float:
+        """Seconds to wait after a death, given how long the process had lived."""
+        again = self.deaths > 0 and lived_s < QUICK_DEATH_S
+        self.deaths += 1
+        self.quick = self.quick + 1 if again else 0
+        if self.quick == 0:
+            return 0.0
+        return min(BACKOFF_S_MAX, BACKOFF_S_MIN * 2.0 ** min(self.quick - 1, 16))
+
+
+def _in_child() -> None:
+    os.setpgid(0, 0)
+    lifecycle.die_with_parent()
+
+
+async def _spawn(spec: ProcessSpec, errors: BinaryIO) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *spec.argv,
+        env=spec.environment(os.environ),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=errors,
+        preexec_fn=_in_child,
+    )
+
+
+@dataclass
+class Child:
+    """One supervised process through all its lives. `changed` is called whenever a fact changes."""
+
+    spec: ProcessSpec
+    log_file: Path
+    changed: Callable[[], None]
+    restarts: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)  # of its latest READY line
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
+    _process: asyncio.subprocess.Process | None = None
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the present life; None between two."""
+        if self._process is None or self._process.returncode is not None:
+            return None
+        return self._process.pid
+
+    async def run(self) -> None:
+        """Starts the process, and again whenever it dies, until `stop()`.
+
+        Raises StartFailed when it gives up by itself before it was ever ready.
+        """
+        while not self._stopping.is_set():
+            born = time.monotonic()
+            status = await self._live()
+            lived_s = time.monotonic() - born
+            if self._stopping.is_set():
+                return
+            if not self.facts and status > 0:
+                last = tail(self.log_file)
+                raise StartFailed(f"{self.spec.name} ended with status {status}:\n{last}")
+            self.restarts += 1
+            delay_s = self.policy.delay(lived_s)
+            facts = {"name": self.spec.name, "lived_s": round(lived_s, 3), "delay_s": delay_s}
+            _logger.warning("process died", status=status, **facts)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay_s)
+
+    async def _live(self) -> int:
+        """One life of the process; gives its exit status, negative for a signal."""
+        with self.log_file.open("ab") as errors:
+            self._process = process = await _spawn(self.spec, errors)
+        if self._stopping.is_set():
+            self._signal(signal.SIGTERM)
+        self.changed()
+        reader = asyncio.create_task(self._read(process))
+        status = await process.wait()
+        reader.cancel()
+        self.ready.clear()
+        self.changed()
+        return status
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if line.startswith(b"READY "):
+                self.facts = json.loads(line.removeprefix(b"READY "))
+                self.ready.set()
+                self.changed()
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def stop(self, task: asyncio.Task[None]) -> None:
+        """Ends `task`, which is in `run()`: SIGTERM, and SIGKILL when that does not help."""
+        self._stopping.set()
+        self._signal(signal.SIGTERM)
+        await asyncio.wait([task], timeout=STOP_S_MAX)
+        if not task.done():
+            _logger.warning("killed at shutdown", name=self.spec.name)
+            self._signal(signal.SIGKILL)
+            await asyncio.wait([task])
+
+
+class Supervisor:
+    """Owns the children of one cluster and its run directory."""
+
+    def __init__(
+        self, spec: ClusterSpec, plan: Callable[[ClusterSpec], list[ProcessSpec]] = processes
+    ) -> None:
+        self.spec, self._plan = spec, plan
+        self.address = spec.listen
+        self._ready = False
+        logs = spec.path / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self.children = [
+            Child(process, logs / f"{process.name}.log", self._on_change) for process in plan(spec)
+        ]
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[dict[str, Any]], None]) -> None:
+        """Runs the cluster until `stop` is set; always leaves no process behind."""
+        tasks = [asyncio.create_task(child.run()) for child in self.children]
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await self._until_ready([*tasks, stopped])
+            if not stop.is_set():
+                self._ready = True
+                self._on_change()
+                on_ready(self.state())
+            done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            stopped.cancel()
+            await self._shut_down(tasks)
+
+    async def _until_ready(self, endings: Sequence[asyncio.Task[Any]]) -> None:
+        """Returns when all are ready or one of `endings` is done; raises what that raised."""
+        ready = asyncio.gather(*(child.ready.wait() for child in self.children))
+        done, _ = await asyncio.wait(
+            [ready, *endings], timeout=READY_S_MAX, return_when=asyncio.FIRST_COMPLETED
+        )
+        ready.cancel()
+        for task in done:
+            task.result()
+        if not done:
+            missing = [child for child in self.children if not child.ready.is_set()]
+            names = ", ".join(child.spec.name for child in missing)
+            last = tail(missing[0].log_file)
+            raise StartFailed(f"not ready after {READY_S_MAX:g} s: {names}\n{last}")
+
+    async def _shut_down(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Workers first, so that they can still report; the stores, which others need, last."""
+        pairs = list(zip(self.children, tasks, strict=True))
+        for roles in STOP_ORDER:
+            group = [(child, task) for child, task in pairs if child.spec.role in roles]
+            await asyncio.gather(*(child.stop(task) for child, task in group))
+        assert all(child.pid is None for child in self.children)
+        for store in range(self.spec.stores):
+            shutil.rmtree(self.spec.arena_dir(store), ignore_errors=True)
+        for pattern in ("*.sock", "*.alive", STATE_FILE):
+            for path in self.spec.path.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def _on_change(self) -> None:
+        """Writes the state; pins the address, so that a scheduler that returns keeps its port."""
+        scheduler = next((c for c in self.children if c.spec.role == "scheduler"), None)
+        if scheduler is not None and "address" in scheduler.facts:
+            self.address = scheduler.facts["address"]
+            pinned = dataclasses.replace(self.spec, listen=self.address)
+            scheduler.spec = next(p for p in self._plan(pinned) if p.role == "scheduler")
+        write_atomically(self.spec.path / STATE_FILE, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What `supervisor.json` holds."""
+        return {
+            "pid": os.getpid(),
+            "start_time": start_time(os.getpid()),
+            "ready": self._ready,
+            "address": self.address,
+            "run_dir": self.spec.run_dir,
+            "medium": self.spec.medium,
+            "model": self.spec.model,
+            "processes": [
+                {
+                    "name": child.spec.name,
+                    "role": child.spec.role,
+                    "pid": child.pid,
+                    "ready": child.ready.is_set(),
+                    "restarts": child.restarts,
+                }
+                for child in self.children
+            ],
+        }
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory for this process. Raises ConfigError when another one has it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "supervisor.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run_dir: a cluster is running in {run_dir}") from None
+        yield
+
+
+def _stop_on_eof(stop: asyncio.Event) -> None:
+    """Sets `stop` when standard input ends: whoever started this is gone."""
+    loop = asyncio.get_running_loop()
+
+    def on_readable() -> None:
+        if not os.read(0, 4096):
+            loop.remove_reader(0)
+            stop.set()
+
+    loop.add_reader(0, on_readable)
+
+
+async def supervise(
+    spec: ClusterSpec, on_ready: Callable[[dict[str, Any]], None], stop_on_eof: bool = False
+) -> None:
+    """Runs a cluster until the first SIGTERM or SIGINT."""
+    with exclusive(spec.path):
+        stop = lifecycle.stop_event()
+        if stop_on_eof:
+            _stop_on_eof(stop)
+        await Supervisor(spec).run(stop, on_ready)
+
+
+def _announce(state: dict[str, Any]) -> None:
+    lifecycle.announce_ready(**{key: value for key, value in state.items() if key != "pid"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m baton.supervisor`: prints one READY line and runs until it is told to stop."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--stop-on-eof", action="store_true")
+    own, rest = parser.parse_known_args(argv)
+    try:
+        spec = config.load(ClusterSpec, rest)
+    except ConfigError as error:
+        print(f"ConfigError: {error.message}", file=sys.stderr)
+        return 2
+    log.configure("supervisor", spec.log_level)
+    return lifecycle.run(lambda: supervise(spec, _announce, own.stop_on_eof))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The processes of Baton and what they share."""

@@ -1,0 +1,106 @@
+"""`python -m services.decode`: a decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import zmq
+import zmq.asyncio
+
+from baton.v1 import cluster_pb2, control_pb2
+from services.decode.config import DecodeConfig
+from services.decode.engine_loop import DecodeEngine
+from services.engine.load import load_backend
+from services.kv.worker import ArenaHold, join
+from services.ops import config, lifecycle, log
+from services.ops.errors import LayoutMismatch
+from services.wire.link import SchedulerLink
+from services.wire.stream import StreamHeader
+from services.wire.worker import attached, registration
+
+_logger = log.get("decode")
+
+
+class DecodeWorker:
+    """Translates between the scheduler's commands, the announcements and the engine thread."""
+
+    def __init__(self, settings: DecodeConfig, hold: ArenaHold) -> None:
+        self._settings, self._hold = settings, hold
+        self._loop = asyncio.get_running_loop()
+        self._link: SchedulerLink | None = None
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.linger = 0
+        self._socket.bind(settings.announce_listen)
+        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        self._address = settings.announce_advertise or bound
+        backend = load_backend(settings.device, settings.model, hold.identity.config, hold.arena)
+        self.engine = DecodeEngine(settings, hold.arena, backend, self._report)
+
+    def use(self, link: SchedulerLink) -> None:
+        self._link = link
+
+    def register(self) -> control_pb2.Register:
+        running = [
+            control_pb2.RunningStream(request_id=request_id, epoch=epoch)
+            for request_id, epoch in list(self.engine.running.items())
+        ]
+        return registration(
+            self._settings, self._hold, cluster_pb2.ROLE_DECODE, self._address, running
+        )
+
+    def command(self, command: control_pb2.WorkerCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "decode":
+            self.engine.submit(command.decode)
+        elif kind == "stop":
+            self.engine.submit(command.stop)
+
+    async def listen(self) -> None:
+        """Wakes the engine at each announcement; what is ready it reads in the arena itself."""
+        while True:
+            message = await self._socket.recv()
+            try:
+                header = StreamHeader.unpack(message)
+            except LayoutMismatch as error:
+                _logger.warning("announcement refused", reason=error.message)
+                continue
+            if header.fingerprint.hex() == self._hold.identity.fingerprint:
+                self.engine.announced()
+
+    def _report(self, event: control_pb2.WorkerEvent) -> None:
+        assert self._link is not None
+        self._link.steps = self.engine.steps
+        self._loop.call_soon_threadsafe(self._link.send, event)
+
+    def close(self) -> None:
+        self.engine.close()
+        self._context.destroy(linger=0)
+
+
+async def serve(settings: DecodeConfig) -> None:
+    """Runs the worker until it is told to stop."""
+    stopping = lifecycle.stop_event()
+    hold = join(
+        settings.arena_dir, settings.model, settings.prefill_device, settings.decode_device
+    )
+    worker = DecodeWorker(settings, hold)
+    worker.engine.start()
+    listening = asyncio.create_task(worker.listen())
+    await attached(
+        settings, stopping, worker.register, worker.command, link_ready=worker.use,
+        others=[listening],
+    )  # fmt: skip
+    worker.close()
+
+
+def main() -> int:
+    settings = config.load(DecodeConfig)
+    log.configure(settings.name, settings.log_level)
+    lifecycle.pin(settings.cores)
+    return lifecycle.run(lambda: serve(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

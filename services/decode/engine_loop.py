@@ -1,0 +1,228 @@
+"""The decode engine: one thread that runs the batch, step by step, and polls what is still arriving.
+
+Nothing else of weight runs in this process: the event loop only moves small messages, so the
+interpreter lock is free whenever a step needs it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from baton.v1 import control_pb2
+from services.decode.config import DecodeConfig
+from services.decode.state import BatchState
+from services.decode.stream import DecodeStream
+from services.engine.backend import Backend, Rows
+from services.engine.errors import NumericsError
+from services.engine.sampling import sample
+from services.kv.arena import Arena
+from services.kv.layout import PAGE_TOKENS
+from services.ops import log
+from services.ops.errors import BatonError, StaleEpoch
+from services.ops.failpoints import Failpoints
+
+_logger = log.get("decode")
+POLL_S = 0.05  # a lost announcement costs at most this
+
+Command = control_pb2.PrepareDecode | control_pb2.StopRequest | None
+
+
+class DecodeEngine:
+    """Takes commands on any thread; `report` must be safe to call from the engine's."""
+
+    def __init__(
+        self, config: DecodeConfig, arena: Arena, backend: Backend,
+        report: Callable[[control_pb2.WorkerEvent], None],
+    ) -> None:  # fmt: skip
+        self._config, self._arena, self._backend = config, arena, backend
+        self._report = report
+        self._unsafe = frozenset(config.unsafe)
+        self._failpoints = Failpoints(config.failpoints, config.name)
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._batch: BatchState[DecodeStream] = BatchState(config.batch_max)
+        self._tables = np.zeros(
+            (config.batch_max, arena.plan.max_blocks, arena.layout.groups), np.uint32
+        )
+        self._rows: dict[str, int] = {}  # request -> row of `_tables`
+        self.steps = 0
+        self.running: dict[str, int] = {}  # request -> epoch; read by the event loop
+        self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, command: Command) -> None:
+        """None ends the engine after the step in flight."""
+        self._commands.put(command)
+        self._wake.set()
+
+    def announced(self) -> None:
+        """Some layer group of some stream is complete."""
+        self._wake.set()
+
+    def close(self) -> None:
+        self.submit(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._take_commands():
+            self._poll_pending()
+            self._admit()
+            if self._batch.active:
+                self._step()
+            elif not self._batch.waiting:
+                self._wake.wait(POLL_S if self._batch.pending else None)
+                self._wake.clear()
+
+    # --- commands ---
+
+    def _take_commands(self) -> bool:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            if isinstance(command, control_pb2.StopRequest):
+                self._stop(command)
+            else:
+                self._prepare(command)
+
+    def _prepare(self, command: control_pb2.PrepareDecode) -> None:
+        """Takes a stream on. The same epoch again only asks for its tokens once more."""
+        self._failpoints.refresh()
+        known = self._batch.get(command.request_id)
+        if known and known.epoch == command.epoch:
+            known.command.report_from = command.report_from
+            if command.request_id in self._batch.active:
+                self._send_tokens([known.report(command.report_from)])
+            return
+        if known:
+            self._forget(known)
+        try:
+            stream = DecodeStream(command, self._arena, self._unsafe)
+        except BatonError as error:
+            self._refuse(command.request_id, command.epoch, error)
+            return
+        self._batch.add(command.request_id, stream)
+        self.running[command.request_id] = command.epoch
+
+    def _stop(self, command: control_pb2.StopRequest) -> None:
+        stream = self._batch.get(command.request_id)
+        if stream:
+            self._forget(stream)
+        stopped = control_pb2.Stopped(request_id=command.request_id, epoch=command.epoch)
+        self._report(control_pb2.WorkerEvent(stopped=stopped))
+
+    def _forget(self, stream: DecodeStream) -> None:
+        self._batch.remove(stream.request_id)
+        self._rows.pop(stream.request_id, None)
+        self.running.pop(stream.request_id, None)
+
+    def _refuse(self, request_id: str, epoch: int, error: BatonError) -> None:
+        _logger.warning("stream refused", request_id=request_id, reason=error.message)
+        refused = control_pb2.Refused(
+            request_id=request_id, epoch=epoch, code=error.code, message=error.message
+        )
+        self._report(control_pb2.WorkerEvent(refused=refused))
+
+    # --- streams on their way in ---
+
+    def _poll_pending(self) -> None:
+        for stream in list(self._batch.pending.values()):
+            try:
+                if stream.poll():
+                    self._batch.runnable(stream.request_id)
+            except BatonError as error:
+                self._forget(stream)
+                self._refuse(stream.request_id, stream.epoch, error)
+
+    def _admit(self) -> None:
+        for stream in self._batch.admit():
+            self._failpoints.hit("decode.attaching")
+            try:
+                stream.attach()
+            except BatonError as error:
+                self._forget(stream)
+                self._refuse(stream.request_id, stream.epoch, error)
+                continue
+            row = next(r for r in range(self._config.batch_max) if r not in self._rows.values())
+            self._rows[stream.request_id] = row
+            self._tables[row, : len(stream.table)] = stream.table
+            self._started(stream)
+            self._failpoints.hit("decode.attached")
+
+    def _started(self, stream: DecodeStream) -> None:
+        started = control_pb2.DecodeStarted(
+            request_id=stream.request_id, epoch=stream.epoch,
+            runnable_at=time.monotonic(),
+            verified=stream.verified_at, resumed_at=stream.steps,
+        )  # fmt: skip
+        self._report(control_pb2.WorkerEvent(decode_started=started))
+        from_index = stream.command.report_from
+        if "record" in self._unsafe:  # control: trust the memory of the dead instead of the record
+            from_index = stream.first_index + stream.steps + 1
+        tokens = stream.report(from_index)
+        self._send_tokens([tokens])
+        if tokens.finish:
+            self._forget(stream)
+
+    # --- the step ---
+
+    def _step(self) -> None:
+        """One token for every active stream: compute, seal, commit, and only then report."""
+        streams = list(self._batch.active.values())
+        logits = self._compute(streams)
+        reports: list[control_pb2.StreamTokens] = []
+        for i, stream in enumerate(streams):
+            stream.seal_if_full()
+            self._failpoints.hit("decode.kv_written", stream.next_index)
+            index = stream.next_index
+            try:
+                token, logprob = sample(logits[i], stream.params, stream.position + 1)
+            except NumericsError as error:
+                self._forget(stream)
+                self._refuse(stream.request_id, stream.epoch, BatonError(str(error)))
+                continue
+            if not stream.commit(token, logprob):
+                self._forget(stream)
+                fenced = StaleEpoch(f"epoch: {stream.epoch} has been fenced")
+                self._refuse(stream.request_id, stream.epoch, fenced)
+                continue
+            self._failpoints.hit("decode.committed", index)
+            reports.append(stream.report(index))
+            if stream.finish():
+                self._forget(stream)
+        self.steps += 1
+        self._send_tokens(reports)
+
+    def _compute(self, streams: list[DecodeStream]) -> np.ndarray:
+        """Runs the batch through all layer groups; K and V of each row are in its page, checksummed."""
+        tokens = np.array([s.next_token for s in streams], np.int32)
+        positions = np.array([s.position for s in streams], np.int32)
+        sequence = np.array([self._rows[s.request_id] for s in streams], np.int32)
+        for stream, token in zip(streams, tokens, strict=True):
+            stream.identity.extend(np.array([token], np.int32))
+        seeds = np.array([s.identity.seeds[s.position] for s in streams], np.uint32)
+        self._backend.begin(Rows(tokens, positions, sequence, self._tables))
+        blocks = positions // PAGE_TOKENS
+        for group in range(self._arena.layout.groups):
+            self._backend.run_group(group)
+            pages = self._tables[sequence, blocks, group]
+            self._arena.native.stamp_rows(pages, positions % PAGE_TOKENS, seeds, group)
+            if group == 0:
+                for stream in streams:
+                    self._failpoints.hit("decode.mid_layer", stream.next_index)
+        return self._backend.logits(np.arange(len(streams), dtype=np.int32))
+
+    def _send_tokens(self, streams: Iterable[control_pb2.StreamTokens]) -> None:
+        report = control_pb2.StepReport(streams=streams)
+        if report.streams:
+            self._report(control_pb2.WorkerEvent(step=report))

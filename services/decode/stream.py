@@ -1,0 +1,180 @@
+"""One stream at a decode worker: from announced pages to its own tail, then one committed step after
+another. It reads and writes the arena; it knows no socket and no scheduler."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baton.v1 import control_pb2, inference_pb2
+from services.engine.sampling import SamplingParams
+from services.kv.arena import Arena
+from services.kv.identity import RowIdentity
+from services.kv.layout import PAGE_TOKENS, blocks_for
+from services.kv.record import StreamRecord
+from services.ops.errors import CorruptKv, StaleEpoch
+from services.wire.messages import finish_reason, sampling_params
+
+
+@dataclass
+class DecodeStream:
+    """A PrepareDecode and how far it has come. Owned by the engine thread."""
+
+    command: control_pb2.PrepareDecode
+    arena: Arena
+    unsafe: frozenset[str] = frozenset()
+    stopped: bool = False
+    verified: list[int] = field(default_factory=list)  # prompt tokens, per layer group
+    verified_at: list[control_pb2.GroupTime] = field(default_factory=list)
+    attempt: int = -1
+    steps: int = 0
+    table: NDArray[np.uint32] = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
+
+    def __post_init__(self) -> None:
+        self.record = StreamRecord(self.arena, self.command.slot)
+        self.request_id: str = self.command.request_id
+        self.epoch: int = self.command.epoch
+        self.params: SamplingParams = sampling_params(self.command.sampling)
+        self.check_epoch()
+        self.prompt = self.record.number("prompt_tokens")
+        self.first_index = self.record.number("first_index")
+        self.max_new = self.record.number("max_new")
+        capacity = self.prompt + self.max_new
+        self.identity = RowIdentity(self.record.root, self.record.tokens[: self.prompt], capacity)
+        self.verified = [0] * self.arena.layout.groups
+
+    def check_epoch(self) -> None:
+        """Raises StaleEpoch when another decode owns the stream."""
+        owner = self.record.commit()[0]
+        if owner != self.epoch and "fence" not in self.unsafe:
+            raise StaleEpoch(f"epoch: {self.epoch} has been fenced by {owner}")
+
+    # --- before it runs ---
+
+    def poll(self) -> bool:
+        """Verifies what has been announced since the last look; True when the stream can run.
+
+        Raises StaleEpoch, CorruptKv.
+        """
+        self.check_epoch()
+        attempt, has_first = self.record.first()
+        if attempt != self.attempt:
+            self.attempt = attempt
+            self.verified = [0] * self.arena.layout.groups
+            self.verified_at.clear()
+        for group in range(self.arena.layout.groups):
+            owner, tokens = self.record.ready(group)
+            if owner == attempt and tokens > self.verified[group]:
+                self._verify_prompt(group, tokens)
+        return has_first and min(self.verified) >= self.prompt
+
+    def _verify_prompt(self, group: int, tokens: int) -> None:
+        table = np.array(self.record.prefill_table[: blocks_for(self.prompt)])
+        bad = self._verify(table, group, self.verified[group], tokens)
+        if self.record.first()[0] != self.attempt:
+            return  # prefill has been fenced meanwhile: what was read belongs to nobody
+        if bad >= 0:
+            raise CorruptKv(f"prompt token {bad}, layer group {group}: checksum differs")
+        self.verified[group] = tokens
+        self.verified_at.append(
+            control_pb2.GroupTime(group=group, tokens=tokens, at=time.monotonic())
+        )
+
+    def _verify(self, table: NDArray[np.uint32], group: int, begin: int, end: int) -> int:
+        """The first token of [begin, end) whose K or V is not what its writer stored, or -1."""
+        if begin >= end or "verify" in self.unsafe:
+            return -1
+        positions = np.arange(begin, end, dtype=np.int32)
+        blocks = table[positions // PAGE_TOKENS] + np.uint32(group * self.arena.plan.blocks)
+        bad = self.arena.native.verify_rows(
+            blocks.astype(np.uint32), positions % PAGE_TOKENS, self.identity.seeds[begin:end], group
+        )
+        return begin + int(bad) if bad >= 0 else -1
+
+    def attach(self) -> None:
+        """Takes the stream over at its committed step: copies the open tail into pages of this
+        epoch and verifies every row that earlier decodes have written.
+
+        Raises StaleEpoch, CorruptKv.
+        """
+        _, self.steps = self.record.commit()
+        known = self.record.tokens[self.prompt : self.prompt + self.steps]
+        self.identity.extend(np.array(known))
+        end = self.prompt + self.steps
+        blocks = np.array(self.record.decode_table[: blocks_for(self.prompt + self.max_new - 1)])
+        source, rows = self.record.number("tail_source"), self.record.number("tail_rows")
+        self.check_epoch()  # the table that was read is this epoch's
+        assert rows == end % PAGE_TOKENS or "fence" in self.unsafe
+        begin = self.prompt // PAGE_TOKENS * PAGE_TOKENS
+        for group in range(self.arena.layout.groups):
+            if rows and len(blocks) > end // PAGE_TOKENS and "tail" not in self.unsafe:
+                own = self.arena.page_id(int(blocks[end // PAGE_TOKENS]), group)
+                self.arena.native.copy_rows(self.arena.page_id(source, group), own, rows, group)
+            checked = end if len(blocks) * PAGE_TOKENS >= end else len(blocks) * PAGE_TOKENS
+            bad = -1 if "tail" in self.unsafe else self._verify(blocks, group, begin, checked)
+            if bad >= 0:
+                self.check_epoch()
+                raise CorruptKv(f"generated token {bad}, layer group {group}: checksum differs")
+        self.record.set_attached(self.epoch)
+        self.table = self.arena.table(blocks)
+
+    # --- while it runs ---
+
+    @property
+    def next_token(self) -> int:
+        """The input of the next step: the last known token."""
+        return int(self.record.tokens[self.prompt + self.steps])
+
+    @property
+    def position(self) -> int:
+        """Where the next step's K and V go."""
+        return self.prompt + self.steps
+
+    @property
+    def next_index(self) -> int:
+        """Index of the token that the next step will give."""
+        return self.first_index + self.steps + 1
+
+    def seal_if_full(self) -> None:
+        """Seals the block whose last row has just been written."""
+        position = self.position
+        if (position + 1) % PAGE_TOKENS:
+            return
+        block = position // PAGE_TOKENS
+        for group in range(self.arena.layout.groups):
+            page = int(self.table[block, group])
+            self.arena.native.seal(page, group, PAGE_TOKENS, self.identity.key(block))
+
+    def commit(self, token: int, logprob: float) -> bool:
+        """Stores the next token, then commits the step; False when this epoch has been fenced."""
+        at = self.prompt + self.steps + 1
+        self.record.tokens[at] = token
+        self.record.logprobs[at] = logprob
+        if not self.record.advance(self.epoch, self.steps + 1) and "fence" not in self.unsafe:
+            return False
+        self.steps += 1
+        return True
+
+    def finish(self) -> inference_pb2.FinishReason:
+        """How the stream stands after the last known token."""
+        return finish_reason(
+            self.next_token, self.first_index + self.steps, self.command.sampling
+        )
+
+    def report(self, from_index: int) -> control_pb2.StreamTokens:
+        """The known tokens from `from_index` on, with the finish if there is one."""
+        first = max(from_index, self.first_index)
+        tokens = [
+            control_pb2.Token(
+                index=index,
+                token_id=int(self.record.tokens[self.prompt + index - self.first_index]),
+                logprob=float(self.record.logprobs[self.prompt + index - self.first_index]),
+            )
+            for index in range(first, self.first_index + self.steps + 1)
+        ]
+        return control_pb2.StreamTokens(
+            request_id=self.request_id, epoch=self.epoch, tokens=tokens, finish=self.finish()
+        )

@@ -1,0 +1,62 @@
+"""The KvStore service: translates messages, decides nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from baton.v1 import store_pb2, store_pb2_grpc
+from services.kv_store.runtime import KvStore
+from services.wire.rpc import unary
+
+
+class KvStoreServicer(store_pb2_grpc.KvStoreServicer):  # type: ignore[misc]
+    """Every method runs on the store's one thread, to its end, before the next one starts."""
+
+    def __init__(self, store: KvStore, model: str, address: str, ingest: str) -> None:
+        self._store, self._model = store, model
+        self._address, self._ingest = address, ingest
+
+    @unary
+    async def Describe(self, request: Any, context: Any) -> store_pb2.DescribeResponse:
+        return store_pb2.DescribeResponse(
+            pages=self._store.pages(self._address), model=self._model,
+            fingerprint=self._store.identity.fingerprint, ingest_address=self._ingest,
+            kv_dtype=self._store.arena.layout.kv_dtype,
+            layers_per_group=self._store.arena.layout.layers_per_group,
+            prefill_device=self._store.config.prefill_device,
+            decode_device=self._store.config.decode_device,
+        )  # fmt: skip
+
+    @unary
+    async def OpenStream(self, request: Any, context: Any) -> store_pb2.OpenStreamResponse:
+        return self._store.open(request)
+
+    @unary
+    async def Reassign(self, request: Any, context: Any) -> store_pb2.ReassignResponse:
+        return self._store.reassign(request)
+
+    @unary
+    async def Publish(self, request: Any, context: Any) -> store_pb2.PublishResponse:
+        return store_pb2.PublishResponse(blocks=self._store.publish(request.request_id))
+
+    @unary
+    async def ReadStream(self, request: Any, context: Any) -> store_pb2.ReadStreamResponse:
+        return self._store.read(request.request_id)
+
+    @unary
+    async def Release(self, request: Any, context: Any) -> store_pb2.ReleaseResponse:
+        return store_pb2.ReleaseResponse(found=self._store.release(request))
+
+    @unary
+    async def Reconcile(self, request: Any, context: Any) -> store_pb2.ReconcileResponse:
+        return store_pb2.ReconcileResponse(released=self._store.reconcile(request.request_ids))
+
+    @unary
+    async def Invalidate(self, request: Any, context: Any) -> store_pb2.InvalidateResponse:
+        blocks = self._store.invalidate(request.request_id, request.blocks)
+        return store_pb2.InvalidateResponse(blocks=blocks)
+
+    @unary
+    async def Retire(self, request: Any, context: Any) -> store_pb2.RetireResponse:
+        pages = self._store.sweep((request.request_id, request.writer))
+        return store_pb2.RetireResponse(pages=pages)

@@ -1,0 +1,289 @@
+"""The kv-store at work: carries out what `state.py` decides, in the arena's headers and records."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from baton.v1 import cluster_pb2, store_pb2
+from services.kv import arena as pages
+from services.kv import locks
+from services.kv.arena import Arena, create_arena, plan_arena
+from services.kv.identity import block_keys, root_key
+from services.kv.layout import PAGE_TOKENS
+from services.kv.record import NO_BLOCK, StreamRecord, record_dtype
+from services.kv_store.config import KvStoreConfig
+from services.kv_store.index import PrefixIndex
+from services.kv_store.pool import BlockPool
+from services.kv_store.recover import RESTING, rebuild
+from services.kv_store.state import KvState, Stream
+from services.engine.identity import ModelIdentity
+from services.ops import log
+from services.ops.errors import ConfigError, InvalidRequest
+from services.ops.failpoints import Failpoints
+
+_logger = log.get("kv_store")
+
+
+class KvStore:
+    """One arena and the state over it. All calls come from one thread."""
+
+    def __init__(self, config: KvStoreConfig, identity: ModelIdentity) -> None:
+        self.config, self.identity = config, identity
+        self.failpoints = Failpoints(config.failpoints, config.name)
+        directory = Path(config.arena_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._own_lock = self._lock_directory(directory)
+        self.arena, self.state = self._attach_or_create(directory)
+        self.store_id = self.arena.plan.store_id
+
+    @staticmethod
+    def _lock_directory(directory: Path) -> int:
+        fd = os.open(directory / "store.lock", os.O_RDWR | os.O_CREAT, 0o660)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"arena_dir: another kv-store owns {directory}") from None
+        return fd
+
+    def _attach_or_create(self, directory: Path) -> tuple[Arena, KvState]:
+        """Goes on with the arena that is there, or makes a new one when it is another model's."""
+        layout, max_context = self.identity.layout, self.identity.config.max_context
+        plan = plan_arena(
+            layout, arena_bytes=self.config.arena_bytes, streams=self.config.streams_max,
+            record_bytes=record_dtype(layout, max_context).itemsize, max_context=max_context,
+            fingerprint=self.identity.fingerprint, store_id=uuid.uuid4().hex,
+        )  # fmt: skip
+        if (directory / "arena").exists():
+            present = Arena(directory)
+            same = (present.plan.layout, present.plan.fingerprint, present.plan.blocks)
+            if same == (plan.layout, plan.fingerprint, plan.blocks):
+                state = rebuild(present)
+                _logger.info(
+                    "arena rebuilt", streams=len(state.streams), cached=len(state.index),
+                    quarantined=len(state.pool.quarantined),
+                )  # fmt: skip
+                return present, state
+            _logger.warning("arena of another model replaced", fingerprint=present.plan.fingerprint)
+        arena = create_arena(directory, plan)
+        return arena, KvState(BlockPool(plan.blocks), PrefixIndex(), plan.streams)
+
+    # --- requests ---
+
+    def open(self, request: store_pb2.OpenStreamRequest) -> store_pb2.OpenStreamResponse:
+        """Leases pages for a stream and writes its record. Idempotent for the same attempt."""
+        self.failpoints.refresh()
+        prompt = len(request.token_ids)
+        if not prompt or prompt + request.max_new_tokens > self.arena.plan.max_context:
+            raise InvalidRequest(
+                f"token_ids: {prompt} tokens and {request.max_new_tokens} new ones do not fit a "
+                f"context of {self.arena.plan.max_context}"
+            )
+        known = self.state.streams.get(request.request_id)
+        if known and (known.attempt, known.epoch) == (request.attempt, request.epoch):
+            return store_pb2.OpenStreamResponse(
+                slot=known.slot, cached_tokens=known.cached_blocks * PAGE_TOKENS
+            )
+        tokens = np.array(request.token_ids, np.int32)
+        root = root_key(self.identity.fingerprint, request.tenant)
+        stream, _ = self.state.open(
+            request.request_id, keys=block_keys(root, tokens), prompt_tokens=prompt,
+            max_new=request.max_new_tokens, epoch=request.epoch, attempt=request.attempt,
+            prefill_writer=request.prefill_writer, decode_writer=request.decode_writer,
+            bypass_cache=request.bypass_cache,
+        )  # fmt: skip
+        self._write_headers(stream)
+        record = StreamRecord(self.arena, stream.slot)
+        record.tokens[:prompt] = tokens
+        fixed = record.fixed
+        fixed["root"] = np.void(root)
+        fixed["first_index"] = request.first_index
+        fixed["tenant"] = request.tenant.encode()
+        fixed["generation"] = int(fixed["generation"]) + 1 & 0xFFFFFFFF
+        self._write_record(stream, record)
+        record.open(stream.epoch, stream.attempt, stream.cached_blocks * PAGE_TOKENS)
+        return store_pb2.OpenStreamResponse(
+            slot=stream.slot, cached_tokens=stream.cached_blocks * PAGE_TOKENS
+        )
+
+    def reassign(self, request: store_pb2.ReassignRequest) -> store_pb2.ReassignResponse:
+        """Fences the present writer, then gives its stream to `request.writer`."""
+        self.failpoints.refresh()
+        stream = self.state.stream(request.request_id)
+        prefill = request.role == store_pb2.WRITER_ROLE_PREFILL
+        self.state.check_epoch(stream, request.epoch, prefill=prefill)
+        record = StreamRecord(self.arena, stream.slot)
+        old_writer = stream.prefill_writer if prefill else stream.decode_writer
+        if prefill:
+            committed, lost = self._reassign_prefill(stream, record, request)
+        else:
+            attached = record.attached_epoch() == stream.epoch
+            committed = (
+                record.commit()[1] if "fence" in self.config.unsafe else record.fence(request.epoch)
+            )
+            self.failpoints.hit("store.fenced")
+            lost = self.state.reassign_decode(
+                request.request_id, epoch=request.epoch, writer=request.writer,
+                committed=committed, attached=attached, may_write=self._may_write,
+            )  # fmt: skip
+        self._write_headers(stream)
+        self._write_record(stream, record)
+        return store_pb2.ReassignResponse(
+            slot=stream.slot, committed=committed, previous_gone=not self._may_write(old_writer),
+            quarantined_pages=len(lost) * self.arena.layout.groups,
+        )  # fmt: skip
+
+    def _reassign_prefill(
+        self, stream: Stream, record: StreamRecord, request: store_pb2.ReassignRequest
+    ) -> tuple[int, list[int]]:
+        if record.first()[1]:
+            return stream.prompt_tokens, []  # it had finished: nothing is left to compute
+        start = self.state.restart_at(stream, record.ready_tokens())
+        if not record.fence_prefill(request.epoch, start):
+            return stream.prompt_tokens, []
+        lost = self.state.reassign_prefill(
+            request.request_id, attempt=request.epoch, writer=request.writer, start=start,
+            may_write=self._may_write,
+        )  # fmt: skip
+        return start, lost
+
+    def publish(self, request_id: str) -> int:
+        stream = self.state.stream(request_id)
+        ready = StreamRecord(self.arena, stream.slot).ready_tokens()
+        return len(self.state.publish(request_id, ready))
+
+    def read(self, request_id: str) -> store_pb2.ReadStreamResponse:
+        stream = self.state.stream(request_id)
+        record = StreamRecord(self.arena, stream.slot)
+        epoch, steps = record.commit()
+        attempt, has_first = record.first()
+        known = steps + 1 if has_first else 0
+        generated = slice(stream.prompt_tokens, stream.prompt_tokens + known)
+        return store_pb2.ReadStreamResponse(
+            epoch=epoch, attempt=attempt, committed=steps, prompt_tokens=stream.prompt_tokens,
+            ready_tokens=record.ready_tokens(), first_index=record.number("first_index"),
+            token_ids=record.tokens[generated].tolist(),
+            logprobs=record.logprobs[generated].tolist(), slot=stream.slot,
+        )  # fmt: skip
+
+    def release(self, request: store_pb2.ReleaseRequest) -> bool:
+        """Ends a stream; False when it was not open."""
+        if request.request_id not in self.state.streams:
+            return False
+        stream = self.state.stream(request.request_id)
+        record = StreamRecord(self.arena, stream.slot)
+        keys = self._complete_keys(stream, record) if request.keep_blocks else []
+        live = set(request.live_writers)
+        record.close()
+        self.state.release(
+            request.request_id, keys=keys,
+            may_write=lambda writer: writer in live and self._may_write(writer),
+        )  # fmt: skip
+        if stream.slot in self.state.resting_slots:
+            record.fixed["state"] = RESTING
+        self._write_headers(stream)
+        return True
+
+    def _complete_keys(self, stream: Stream, record: StreamRecord) -> list[bytes]:
+        """Keys of the blocks, prompt and generated, whose every row has been committed."""
+        complete = record.ready_tokens()
+        if stream.max_new and record.first()[1] and complete == stream.prompt_tokens:
+            complete += record.commit()[1]
+        return block_keys(record.root, record.tokens[: min(complete, len(record.tokens) - 1)])
+
+    def reconcile(self, keep: Sequence[str]) -> int:
+        gone = set(self.state.streams) - set(keep)
+        for request_id in gone:
+            stream = self.state.stream(request_id)
+            writers = [stream.prefill_writer, stream.decode_writer]
+            self.release(
+                store_pb2.ReleaseRequest(
+                    request_id=request_id, keep_blocks=True, live_writers=writers
+                )
+            )
+        return len(gone)
+
+    def invalidate(self, request_id: str, blocks: Sequence[int]) -> int:
+        stream = self.state.stream(request_id)
+        table = stream.decode_table
+        self.state.invalidate([table[b] for b in blocks if b < len(table)])
+        self._write_headers(stream)
+        return len(blocks)
+
+    def sweep(self, stopped: tuple[str, str] | None = None) -> int:
+        """Frees what was waiting for a writer that is gone now, or has `stopped`."""
+        if not self.state.pool.quarantined and not self.state.resting_slots:
+            return 0
+        blocks, slots = self.state.sweep(self._may_write, stopped)
+        self._write_headers(None)
+        for slot in slots:
+            StreamRecord(self.arena, slot).fixed["state"] = 0
+        return len(blocks) * self.arena.layout.groups
+
+    def _may_write(self, writer: str) -> bool:
+        return bool(writer) and locks.is_held(self.arena.directory, writer)
+
+    # --- the arena's copy of the state ---
+
+    def _write_record(self, stream: Stream, record: StreamRecord) -> None:
+        fixed = record.fixed
+        fixed["request_id"] = stream.request_id.encode()
+        fixed["prompt_tokens"] = stream.prompt_tokens
+        fixed["max_new"] = stream.max_new
+        fixed["cached_tokens"] = stream.cached_blocks * PAGE_TOKENS
+        fixed["tail_rows"] = stream.tail_rows
+        fixed["tail_source"] = NO_BLOCK if stream.tail_source is None else stream.tail_source
+        fixed["blocks"] = len(stream.decode_table)
+        fixed["prefill_writer"] = stream.prefill_writer.encode()
+        fixed["decode_writer"] = stream.decode_writer.encode()
+        record.prefill_table[: len(stream.prefill_table)] = stream.prefill_table
+        record.decode_table[: len(stream.decode_table)] = stream.decode_table
+
+    def _write_headers(self, stream: Stream | None) -> None:
+        """Brings the headers of all changed blocks up to the pool's state."""
+        pool = self.state.pool
+        changed, taken = pool.drain_changes()
+        headers = self.arena.headers.reshape(self.arena.layout.groups, self.arena.plan.blocks)
+        for block in changed:
+            pages_of_block = headers[:, block]
+            if block in pool.quarantined:
+                pages_of_block["key"] = _writer_key(pool.quarantined[block].writer)
+                pages_of_block["state"] = pages.QUARANTINED
+            elif block in taken:
+                assert stream is not None
+                pages_of_block["owner"] = stream.slot + 1
+                pages_of_block["epoch"] = max(stream.epoch, stream.attempt)
+                pages_of_block["tokens"] = 0
+                pages_of_block["stamp"] = time.time_ns()
+                pages_of_block["state"] = pages.OPEN
+            elif block in pool.free:
+                pages_of_block["owner"] = 0
+                pages_of_block["state"] = pages.FREE
+
+    def pages(self, address: str) -> cluster_pb2.StorePages:
+        pool, groups = self.state.pool, self.arena.layout.groups
+        held = {b for s in self.state.streams.values() for b in s.blocks()}
+        return cluster_pb2.StorePages(
+            store_id=self.store_id, address=address, pid=os.getpid(),
+            page_bytes=self.arena.layout.page_bytes, pages_total=pool.total * groups,
+            pages_free=len(pool.free) * groups, pages_open=len(pool.writers) * groups,
+            pages_sealed=len(held - set(pool.writers)) * groups,
+            pages_cached=len(set(pool.leases) - held) * groups,
+            pages_quarantined=len(pool.quarantined) * groups,
+            streams=len(self.state.streams), reachable=True,
+        )  # fmt: skip
+
+    def remove_arena(self) -> None:
+        """Removes the arena and its directory; only for a cluster that is going down for good."""
+        shutil.rmtree(self.arena.directory, ignore_errors=True)
+
+
+def _writer_key(writer: str) -> np.void:
+    return np.void(bytes.fromhex(writer) if len(writer) == 32 else b"\0" * 16)

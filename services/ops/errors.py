@@ -1,0 +1,82 @@
+"""The error tree: every class that can reach a caller, with its gRPC status and whether to retry.
+
+Mapped to the wire once, in `services/wire/rpc.py`. Bad input, peers and hardware raise these; our own
+mistakes are assertions.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BatonError(Exception):
+    """Anything Baton tells its caller about. `message` is for people and names the field at fault."""
+
+    code: ClassVar[str] = "INTERNAL"  # the gRPC status name
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(BatonError):
+    """A field of the request is malformed, out of range or contradicts another."""
+
+    code = "INVALID_ARGUMENT"
+
+
+class UnknownRequest(BatonError):
+    """No such request id, or its `retain_ms` has passed."""
+
+    code = "NOT_FOUND"
+
+
+class RequestConflict(BatonError):
+    """The request id is in use with another body."""
+
+    code = "ALREADY_EXISTS"
+
+
+class Overloaded(BatonError):
+    """The queue or the arena is full."""
+
+    code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
+class Unavailable(BatonError):
+    """A process this needs is not there now."""
+
+    code = "UNAVAILABLE"
+    retryable = True
+
+
+class StaleEpoch(BatonError):
+    """A later epoch owns this stream: the caller has been fenced."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class CorruptKv(BatonError):
+    """KV failed verification: it never produces a token."""
+
+    code = "DATA_LOSS"
+    retryable = True
+
+
+class LayoutMismatch(BatonError):
+    """A peer or an arena has another layout, model or codec."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class ConfigError(BatonError):
+    """A configuration value is unusable; the process does not start."""
+
+    code = "INVALID_ARGUMENT"
+
+
+def error_tree(root: type[BatonError] = BatonError) -> list[type[BatonError]]:
+    """Every class of the tree, the root included."""
+    return [root, *(sub for child in root.__subclasses__() for sub in error_tree(child))]

@@ -1,0 +1,87 @@
+"""How a process starts, is pinned and stops: the same for all of them.
+
+The first SIGTERM or SIGINT drains, the second exits at once. Readiness is told by a line on standard
+output, `READY {json}`, for whoever started the process, and by gRPC health for everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import uvloop
+
+from services.ops import log
+from services.ops.errors import BatonError, ConfigError
+
+_logger = log.get("lifecycle")
+_PR_SET_PDEATHSIG = 1
+
+
+def pin(cores: tuple[int, ...]) -> None:
+    """Restricts this process and its later threads to `cores`; () leaves it as it is.
+
+    Raises ConfigError when the kernel does not grant exactly these cores.
+    """
+    if not cores:
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise ConfigError(f"cores: cannot run on {list(cores)}: {error.strerror}") from error
+    granted = os.sched_getaffinity(0)
+    if granted != set(cores):
+        raise ConfigError(f"cores: asked for {sorted(cores)}, granted {sorted(granted)}")
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to end this process when the supervisor that started it dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def announce_ready(**facts: Any) -> None:
+    print("READY " + json.dumps({"pid": os.getpid(), **facts}), flush=True)
+
+
+def stop_event() -> asyncio.Event:
+    """An event set by the first SIGTERM or SIGINT; the second ends the process."""
+    stopping = asyncio.Event()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            os._exit(130)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stopping
+
+
+def run(main: Callable[[], Awaitable[None]]) -> int:
+    """Runs a process's main coroutine under uvloop; the outermost place where errors end."""
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())  # type: ignore[arg-type]
+    except BatonError as error:
+        print(f"{type(error).__name__}: {error.message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def until_stopped(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Waits for the stop signal; then ends `tasks`. A task that fails ends the process with it."""
+    waiting = asyncio.create_task(stopping.wait())
+    done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(waiting, *tasks, return_exceptions=True)
+    for task in done - {waiting}:
+        task.result()

@@ -1,0 +1,882 @@
+"""The scheduler's mind: events in, instructions out. Pure: no clock, no socket, no thread.
+
+A request goes WAITING -> OPENING -> RUNNING -> DONE. While it runs, `_ensure` compares the workers it
+has with the workers there are, and starts whatever brings the two together: the same few lines serve
+a crash, a paused worker, a restart of this process and a worker that was lost while pages were being
+leased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from baton.v1 import cluster_pb2, control_pb2, inference_pb2, journal_pb2, store_pb2
+from policies.placement import Hold, LeastLoaded
+from policies.view import ClusterView, RequestView, WorkerView
+from services.ops.errors import Overloaded, RequestConflict, UnknownRequest
+from services.scheduler import timing
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.request import (
+    CallStore,
+    Instruction,
+    Notify,
+    Phase,
+    Request,
+    Send,
+    TextFactory,
+    WorkerInfo,
+    Write,
+)
+from services.wire.messages import finish_reason
+
+HOLD_RETRY_S = 0.05
+PREFILL, DECODE = "prefill", "decode"
+_CANCELLED = inference_pb2.FINISH_REASON_CANCELLED
+
+
+class SchedulerState:
+    """All requests and workers. Methods are events; each gives the instructions that follow."""
+
+    def __init__(
+        self, config: SchedulerConfig, policy: LeastLoaded, first_epoch: int, texts: TextFactory
+    ) -> None:
+        self.config, self.policy, self._texts = config, policy, texts
+        self._epoch = first_epoch
+        self.requests: dict[str, Request] = {}
+        self.workers: dict[str, WorkerInfo] = {}
+        self.ingest: dict[str, str] = {}  # store -> where frames from another arena go
+        self.counts = cluster_pb2.RequestCounts()
+        self.names: dict[str, str] = {}  # worker id -> name, the dead included
+        self._out: list[Instruction] = []
+        self._recover_at: float | None = None
+
+    # --- requests come and go ---
+
+    def accept(
+        self, now: float, unix_ms: int, body: inference_pb2.GenerateRequest, prompt: list[int],
+        sampling: control_pb2.ResolvedSampling, deadline_s: float | None,
+    ) -> list[Instruction]:  # fmt: skip
+        """A new request, already validated. Raises Overloaded, RequestConflict."""
+        assert body.request_id not in self.requests
+        if self._count(Phase.WAITING) >= self.config.waiting_max:
+            self.counts.refused += 1
+            raise Overloaded(f"waiting_max: {self.config.waiting_max} requests are waiting already")
+        request = self._request(now, body, prompt, sampling)
+        request.deadline_at = None if deadline_s is None else now + deadline_s
+        self.requests[request.request_id] = request
+        self.counts.accepted += 1
+        self._out.append(
+            Write(
+                journal_pb2.JournalRecord(
+                    accepted=journal_pb2.Accepted(
+                        request_id=request.request_id, body=body, token_ids=prompt,
+                        sampling=sampling, accepted_unix_ms=unix_ms,
+                        deadline_unix_ms=int(unix_ms + deadline_s * 1e3) if deadline_s else 0,
+                    )
+                )
+            )
+        )  # fmt: skip
+        request.tell("accepted")
+        self._place_waiting(now)
+        return self._drain()
+
+    def _request(
+        self, now: float, body: inference_pb2.GenerateRequest, prompt: list[int],
+        sampling: control_pb2.ResolvedSampling,
+    ) -> Request:  # fmt: skip
+        orphan = body.orphan_ms if body.HasField("orphan_ms") else self.config.orphan_ms
+        retain = body.retain_ms if body.HasField("retain_ms") else self.config.retain_ms
+        return Request(
+            body, prompt, sampling, self._texts(body), now, None, orphan / 1e3, retain / 1e3
+        )
+
+    def find(self, request_id: str) -> Request:
+        if request_id not in self.requests:
+            raise UnknownRequest(f"request_id: {request_id!r} is not known, or no longer")
+        return self.requests[request_id]
+
+    def same_body(self, body: inference_pb2.GenerateRequest) -> bool:
+        """Whether this id is known with the same body. Raises RequestConflict when with another."""
+        known = self.requests.get(body.request_id)
+        if known and known.body != body:
+            raise RequestConflict(f"request_id: {body.request_id!r} is in use with another body")
+        return known is not None
+
+    def cancel(self, now: float, request_id: str, why: str) -> list[Instruction]:
+        request = self.find(request_id)
+        if not request.done:
+            request.tell(why)
+            self._end(request, now, _CANCELLED)
+        return self._drain()
+
+    def reader_joined(self, request_id: str) -> None:
+        request = self.find(request_id)
+        request.readers += 1
+        request.orphan_at = None
+
+    def reader_left(self, now: float, request_id: str) -> list[Instruction]:
+        """The last reader's leaving starts the orphan clock."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return []
+        request.readers -= 1
+        assert request.readers >= 0
+        if request.readers == 0 and not request.done:
+            request.orphan_at = now + request.orphan_s
+        return self.tick(now)
+
+    # --- workers come and go ---
+
+    def worker_registered(self, now: float, register: control_pb2.Register) -> list[Instruction]:
+        running = {stream.request_id: stream.epoch for stream in register.running}
+        info = WorkerInfo(register.worker, now, running)
+        info.worker.state = cluster_pb2.WORKER_STATE_READY
+        self.workers[info.worker_id] = info
+        self.names[info.worker_id] = info.worker.name
+        self._refresh(now)
+        return self._drain()
+
+    def worker_heard(self, now: float, worker_id: str) -> list[Instruction]:
+        info = self.workers.get(worker_id)
+        if info is None:
+            return []
+        info.heard_at = now
+        if info.worker.state == cluster_pb2.WORKER_STATE_SUSPECT:
+            info.worker.state = cluster_pb2.WORKER_STATE_READY
+            self.counts.false_suspicions += 1
+            self._refresh(now)
+        return self._drain()
+
+    def worker_lost(self, now: float, worker_id: str) -> list[Instruction]:
+        """Its stream has ended: it is dead, or cut off from here."""
+        self.workers.pop(worker_id, None)
+        for request in list(self.requests.values()):
+            if worker_id == request.decode_worker and not request.done:
+                self._interrupted(request, now, f"decode {self._name(worker_id)} lost")
+            if worker_id == request.prefill_worker and not request.prefill_done:
+                request.tell(f"prefill {self._name(worker_id)} lost")
+        self._refresh(now)
+        return self._drain()
+
+    def _name(self, worker_id: str) -> str:
+        return self.names.get(worker_id, worker_id[:8])
+
+    def _interrupted(self, request: Request, now: float, why: str) -> None:
+        request.tell(why)
+        if request.prefill_done and request.interrupted_at is None:
+            request.interrupted_at = now
+
+    def tick(self, now: float) -> list[Instruction]:
+        """Time has passed: suspicions, deadlines, orphans, retries, and forgetting."""
+        for info in self.workers.values():
+            silent = now - info.heard_at
+            if info.ready and silent * 1e3 > self.config.suspect_ms:
+                info.worker.state = cluster_pb2.WORKER_STATE_SUSPECT
+        for request in list(self.requests.values()):
+            if request.done:
+                if request.forget_at is not None and now >= request.forget_at and not request.readers:
+                    del self.requests[request.request_id]
+            elif request.deadline_at is not None and now >= request.deadline_at:
+                request.tell("deadline passed")
+                self._end(request, now, _CANCELLED)
+            elif request.orphan_at is not None and now >= request.orphan_at:
+                request.tell("no reader")
+                self._end(request, now, _CANCELLED)
+        self._recover_due(now)
+        self._refresh(now)
+        return self._drain()
+
+    # --- placement ---
+
+    def view(self) -> ClusterView:
+        """What the policy decides on."""
+        load: dict[str, int] = {}
+        for request in self.requests.values():
+            if request.phase in (Phase.OPENING, Phase.RUNNING):
+                if not request.prefill_done:
+                    load[request.prefill_worker] = load.get(request.prefill_worker, 0) + 1
+                load[request.decode_worker] = load.get(request.decode_worker, 0) + 1
+        ready = sorted((w for w in self.workers.values() if w.ready), key=lambda w: w.worker.name)
+        return ClusterView(
+            tuple(
+                WorkerView(w.worker_id, w.role, w.worker.store_id, load.get(w.worker_id, 0))
+                for w in ready
+            )
+        )
+
+    def _refresh(self, now: float) -> None:
+        for request in list(self.requests.values()):
+            if request.phase is Phase.RUNNING:
+                self._ensure(request, now)
+        self._place_waiting(now)
+
+    def _place_waiting(self, now: float) -> None:
+        for request in [r for r in self.requests.values() if r.phase is Phase.WAITING]:
+            if now < request.held_until:
+                return
+            view = RequestView(request.request_id, len(request.prompt), request.sampling.max_tokens)
+            placement = self.policy.place(view, self.view())
+            if isinstance(placement, Hold):
+                return
+            request.prefill_worker, request.decode_worker = placement.prefill, placement.decode
+            request.prefill_store = self.workers[placement.prefill].worker.store_id
+            request.decode_store = self.workers[placement.decode].worker.store_id
+            self._open(request, now)
+
+    def _next_epoch(self) -> int:
+        self._epoch += 1
+        return self._epoch
+
+    def _placed(self, request: Request, epoch: int, attempt: int, decode: str, prefill: str) -> None:
+        placed = journal_pb2.Placed(
+            request_id=request.request_id, epoch=epoch, attempt=attempt, prefill_worker=prefill,
+            decode_worker=decode, prefill_store=request.prefill_store,
+            decode_store=request.decode_store, first_index=request.base_index,
+        )  # fmt: skip
+        self._out.append(Write(journal_pb2.JournalRecord(placed=placed)))
+
+    def _open(self, request: Request, now: float) -> None:
+        """Leases pages in decode's store, and in prefill's when that is another."""
+        request.phase = Phase.OPENING
+        request.epoch, request.attempt = self._next_epoch(), self._next_epoch()
+        request.base_index = len(request.tokens)
+        request.prefill_done = request.decode_told = False
+        request.slots, request.cached = {}, {}
+        request.dispatched_at = request.dispatched_at or now
+        self._placed(
+            request, request.epoch, request.attempt, request.decode_worker, request.prefill_worker
+        )
+        together = request.prefill_store == request.decode_store
+        token_ids = request.prompt + [token for token, _ in request.tokens]
+        for store in request.stores:
+            here = store == request.decode_store
+            message = store_pb2.OpenStreamRequest(
+                request_id=request.request_id, token_ids=token_ids,
+                max_new_tokens=request.sampling.max_tokens - request.base_index if here else 0,
+                epoch=request.epoch, attempt=request.attempt,
+                prefill_writer=request.prefill_worker if together or not here else "",
+                decode_writer=request.decode_worker if here else "", tenant=request.body.tenant,
+                bypass_cache=request.fresh_kv, first_index=request.base_index,
+            )  # fmt: skip
+            self._call(request, store, "OpenStream", message)
+        request.tell(
+            f"placed on {self._name(request.prefill_worker)} and {self._name(request.decode_worker)}"
+        )
+
+    def _call(self, request: Request, store: str, method: str, message: object) -> None:
+        self._out.append(CallStore(request.request_id, store, method, message))
+
+    def _launch(self, request: Request, now: float) -> None:
+        """All pages are leased: decode gets ready while prefill computes."""
+        request.phase = Phase.RUNNING
+        request.fresh_kv = False
+        request.cached_tokens = max(request.cached_tokens, min(request.cached.values()))
+        self._ensure(request, now)
+        if request.needs_decode and DECODE not in request.moving:
+            self._send_decode(request)
+        if PREFILL not in request.moving:
+            self._send_prefill(request)
+
+    def _send_decode(self, request: Request) -> None:
+        request.decode_told = True
+        report_from = 0 if "dedupe" in self.config.unsafe else len(request.tokens)
+        command = control_pb2.PrepareDecode(
+            request_id=request.request_id, slot=request.slots[request.decode_store],
+            epoch=request.epoch, sampling=request.sampling, report_from=report_from,
+        )  # fmt: skip
+        self._out.append(
+            Send(request.decode_worker, control_pb2.WorkerCommand(decode=command))
+        )
+
+    def _send_prefill(self, request: Request) -> None:
+        request.prefill_stopped = False
+        decode = self.workers.get(request.decode_worker)
+        command = control_pb2.ExecutePrefill(
+            request_id=request.request_id, slot=request.slots[request.prefill_store],
+            attempt=request.attempt, sampling=request.sampling,
+            announce_address=decode.worker.address if decode and request.needs_decode else "",
+        )  # fmt: skip
+        if request.prefill_store != request.decode_store:
+            command.ingest_address = self.ingest.get(request.decode_store, "")
+            command.remote_slot = request.slots[request.decode_store]
+            command.remote_tokens = request.cached[request.decode_store]
+            command.remote_attempt = request.attempt
+        self._out.append(
+            Send(request.prefill_worker, control_pb2.WorkerCommand(prefill=command))
+        )
+
+    # --- keeping a running request supplied with workers ---
+
+    def _ensure(self, request: Request, now: float) -> None:
+        """Starts what a running request needs: another decode, another prefill."""
+        if request.phase is not Phase.RUNNING or now < request.held_until:
+            return
+        if not request.prefill_done and PREFILL not in request.moving:
+            if request.prefill_worker not in self.workers:
+                self._move_prefill(request)
+        if request.needs_decode and DECODE not in request.moving:
+            self._ensure_decode(request, now)
+
+    def _ensure_decode(self, request: Request, now: float) -> None:
+        present = self.workers.get(request.decode_worker)
+        if present and present.ready:
+            return
+        successor = self.policy.successor(self.view(), request.decode_store, request.decode_worker)
+        if successor is None:
+            return  # only death or a ready successor bumps the epoch; a death waits for a restart
+        if present:
+            self._interrupted(request, now, f"decode {self._name(request.decode_worker)} is silent")
+        if self.config.recover == "reprefill" and request.prefill_done:
+            self._compute_again(request, now, fresh=True)
+            return
+        epoch = self._next_epoch()
+        self._placed(request, epoch, request.attempt, successor, request.prefill_worker)
+        request.moving.add(DECODE)
+        self._call(
+            request, request.decode_store, "Reassign",
+            store_pb2.ReassignRequest(
+                request_id=request.request_id, role=store_pb2.WRITER_ROLE_DECODE, epoch=epoch,
+                writer=successor,
+            ),
+        )  # fmt: skip
+
+    def _move_prefill(self, request: Request) -> None:
+        able = [
+            w
+            for w in self.view().of(PREFILL)
+            if w.store_id == request.prefill_store and w.worker_id != request.prefill_worker
+        ]
+        if not able:
+            return
+        worker = min(able, key=lambda w: (w.load, w.worker_id)).worker_id
+        attempt = self._next_epoch()
+        self._placed(request, request.epoch, attempt, request.decode_worker, worker)
+        request.moving.add(PREFILL)
+        together = request.prefill_store == request.decode_store
+        for store in request.stores:
+            here = store == request.prefill_store
+            message = store_pb2.ReassignRequest(
+                request_id=request.request_id, role=store_pb2.WRITER_ROLE_PREFILL, epoch=attempt,
+                writer=worker if here or together else "",
+            )  # fmt: skip
+            self._call(request, store, "Reassign", message)
+
+    def _compute_again(self, request: Request, now: float, *, fresh: bool) -> None:
+        """The stream's KV is lost or not to be trusted: prefill computes prompt and tokens anew."""
+        request.tell("KV is computed again")
+        request.recomputed += len(request.prompt)
+        self.counts.prompt_tokens_recomputed += len(request.prompt)
+        self._release(request, keep=False)
+        request.fresh_kv = fresh
+        request.takeovers += 1
+        request.phase = Phase.WAITING
+        request.moving.clear()
+        self._place_waiting(now)
+
+    # --- answers of the stores ---
+
+    def store_replied(
+        self, now: float, call: CallStore, reply: object | None, code: str, message: str
+    ) -> list[Instruction]:
+        """`reply` of a call, or None with the gRPC status name and message."""
+        request = self.requests.get(call.request_id)
+        if request is None or request.done:
+            return self._drain()
+        if isinstance(reply, store_pb2.OpenStreamResponse):
+            self._opened(request, now, call, reply)
+        elif isinstance(reply, store_pb2.ReassignResponse):
+            self._reassigned(request, now, call, reply)
+        elif isinstance(reply, store_pb2.ReadStreamResponse):
+            self._found(request, now, reply)
+        elif reply is None:
+            self._store_failed(request, now, call, code, message)
+        return self._drain()
+
+    def _opened(
+        self, request: Request, now: float, call: CallStore, reply: store_pb2.OpenStreamResponse
+    ) -> None:
+        if request.phase is not Phase.OPENING or call.message.epoch != request.epoch:
+            return
+        request.slots[call.store_id] = reply.slot
+        request.cached[call.store_id] = reply.cached_tokens
+        if len(request.slots) == len(request.stores):
+            self._launch(request, now)
+
+    def _reassigned(
+        self, request: Request, now: float, call: CallStore, reply: store_pb2.ReassignResponse
+    ) -> None:
+        asked: store_pb2.ReassignRequest = call.message
+        request.slots[call.store_id] = reply.slot
+        if asked.role == store_pb2.WRITER_ROLE_PREFILL:
+            request.cached[call.store_id] = reply.committed
+            if call.store_id == request.prefill_store:
+                request.moving.discard(PREFILL)
+                request.attempt, request.prefill_worker = asked.epoch, asked.writer
+                self._ensure(request, now)
+                if PREFILL not in request.moving:
+                    self._send_prefill(request)
+            return
+        request.moving.discard(DECODE)
+        request.epoch, request.decode_worker = asked.epoch, asked.writer
+        request.takeovers += request.prefill_done
+        self.counts.takeovers += request.prefill_done
+        request.tell(f"decode {self._name(asked.writer)} takes over at step {reply.committed}")
+        self._ensure(request, now)
+        if DECODE not in request.moving and asked.writer in self.workers:
+            self._send_decode(request)
+            self._move_announcements(request)
+
+    def _move_announcements(self, request: Request) -> None:
+        if request.prefill_done:
+            return
+        move = control_pb2.MoveAnnouncements(
+            request_id=request.request_id,
+            announce_address=self.workers[request.decode_worker].worker.address,
+        )
+        self._out.append(Send(request.prefill_worker, control_pb2.WorkerCommand(move=move)))
+
+    def _store_failed(
+        self, request: Request, now: float, call: CallStore, code: str, message: str
+    ) -> None:
+        """A store said no. What it lacks is computed again; what it has no room for waits."""
+        request.tell(f"{call.method}: {code}: {message}")
+        if call.method == "OpenStream":
+            if request.phase is not Phase.OPENING:
+                return
+            self._release(request, keep=False)
+            busy = any(
+                r.phase in (Phase.OPENING, Phase.RUNNING)
+                for r in self.requests.values()
+                if r is not request
+            )
+            if code == "RESOURCE_EXHAUSTED" and not busy and request.held_until:
+                self._fail(request, now, code, message, retryable=True)
+                return
+            request.phase = Phase.WAITING
+            request.held_until = now + HOLD_RETRY_S
+        elif call.method == "Reassign":
+            role = PREFILL if call.message.role == store_pb2.WRITER_ROLE_PREFILL else DECODE
+            request.moving.discard(role)
+            if code == "NOT_FOUND":
+                self._compute_again(request, now, fresh=False)
+            else:
+                request.held_until = now + HOLD_RETRY_S
+        elif call.method == "ReadStream" and request.phase is Phase.RECOVERING:
+            request.phase = Phase.WAITING
+            self._place_waiting(now)
+
+    # --- reports of the workers ---
+
+    def prefill_done(
+        self, now: float, worker_id: str, done: control_pb2.PrefillDone
+    ) -> list[Instruction]:
+        request = self.requests.get(done.request_id)
+        if request is None or request.done or done.attempt != request.attempt:
+            self.counts.stale_epoch_refused += 1
+            return self._drain()
+        request.prefill_done = True
+        request.computed += done.computed_tokens
+        self.counts.prompt_tokens_computed += done.computed_tokens
+        self.counts.prompt_tokens_cached += request.cached_tokens
+        request.kv_bytes += done.kv_bytes
+        request.ready.extend(done.ready)
+        request.last_layer_at = done.last_layer_at
+        self._resumed(request, now)
+        self._take_token(request, now, done.first)
+        self._after_tokens(request, now, done.finish, worker_id)
+        self._ensure(request, now)
+        return self._drain()
+
+    def step_reported(
+        self, now: float, worker_id: str, step: control_pb2.StepReport
+    ) -> list[Instruction]:
+        for stream in step.streams:
+            request = self.requests.get(stream.request_id)
+            if request is None or request.done:
+                continue
+            stale = stream.epoch != request.epoch or worker_id != request.decode_worker
+            if stale and "epoch" not in self.config.unsafe:
+                self.counts.stale_epoch_refused += 1
+                continue
+            if stream.tokens:
+                request.prefill_done = True
+                self._resumed(request, now)
+            for token in stream.tokens:
+                self._take_token(request, now, token)
+                if request.text.stopped:
+                    break
+            self._after_tokens(request, now, stream.finish, worker_id)
+        return self._drain()
+
+    def _resumed(self, request: Request, now: float) -> None:
+        if request.interrupted_at is not None:
+            request.stall_s = max(request.stall_s, now - request.interrupted_at)
+            request.interrupted_at = None
+
+    def _take_token(self, request: Request, now: float, token: control_pb2.Token) -> None:
+        """Each index once: a duplicate must be equal, a gap is asked for again."""
+        known = len(request.tokens)
+        if token.index < known and "dedupe" not in self.config.unsafe:
+            same = request.tokens[token.index][0] == token.token_id
+            assert same or self.config.unsafe, f"{request.request_id} token {token.index} differs"
+            self.counts.duplicate_tokens_absorbed += 1
+            return
+        if token.index > known and "record" not in self.config.unsafe:
+            request.tell(f"token {token.index} came before {known}")
+            self._send_decode(request)
+            return
+        if not request.tokens:
+            request.first_token_at = now
+        request.last_token_at = now
+        request.tokens.append((token.token_id, token.logprob))
+        ends = finish_reason(token.token_id, token.index, request.sampling)
+        event = inference_pb2.TokenEvent(index=token.index, token_id=token.token_id)
+        if not request.text.stopped:
+            event.text = request.text.push(token.token_id, last=bool(ends))
+        if request.sampling.logprobs:
+            event.logprob = token.logprob
+        request.events.append(
+            inference_pb2.GenerateEvent(request_id=request.request_id, token=event)
+        )
+        self._out.append(Notify(request.request_id))
+
+    def _after_tokens(
+        self, request: Request, now: float, finish: inference_pb2.FinishReason, worker_id: str
+    ) -> None:
+        if request.text.stopped and finish == inference_pb2.FINISH_REASON_UNSPECIFIED:
+            self._end(request, now, inference_pb2.FINISH_REASON_STOP)
+        elif request.text.stopped:
+            self._end(request, now, inference_pb2.FINISH_REASON_STOP, finished_by=worker_id)
+        elif finish != inference_pb2.FINISH_REASON_UNSPECIFIED:
+            self._end(request, now, finish, finished_by=worker_id)
+
+    def decode_started(self, worker_id: str, started: control_pb2.DecodeStarted) -> None:
+        request = self.requests.get(started.request_id)
+        if request and started.epoch == request.epoch and not request.verified:
+            request.verified.extend(started.verified)
+            request.runnable_at = started.runnable_at
+
+    def stopped(
+        self, now: float, worker_id: str, stopped: control_pb2.Stopped
+    ) -> list[Instruction]:
+        """The worker touches this request's pages no more, under this epoch."""
+        request = self.requests.get(stopped.request_id)
+        if request is None or request.done:
+            self._retire(stopped.request_id, worker_id)
+            return self._drain()
+        if worker_id == request.prefill_worker and stopped.epoch == request.attempt:
+            request.prefill_stopped = True
+            if request.prefill_done:
+                self._prefill_left(request)
+        elif worker_id != request.decode_worker:
+            self._retire(stopped.request_id, worker_id)
+        return self._drain()
+
+    def _prefill_left(self, request: Request) -> None:
+        """Prefill and its transfer are over: others may share the prompt's blocks."""
+        for store in request.stores:
+            message = store_pb2.PublishRequest(request_id=request.request_id)
+            self._call(request, store, "Publish", message)
+        if request.prefill_store != request.decode_store:
+            self._release_store(request, request.prefill_store, keep=True, live=[])
+            request.prefill_store = request.decode_store
+
+    def _retire(self, request_id: str, worker_id: str) -> None:
+        message = store_pb2.RetireRequest(request_id=request_id, writer=worker_id)
+        for store in self.ingest:
+            self._out.append(CallStore(request_id, store, "Retire", message))
+
+    def refused(
+        self, now: float, worker_id: str, refused: control_pb2.Refused
+    ) -> list[Instruction]:
+        """A worker cannot go on: because it has been fenced, or because KV failed verification."""
+        request = self.requests.get(refused.request_id)
+        self._retire(refused.request_id, worker_id)
+        if request is None or request.phase is not Phase.RUNNING:
+            return self._drain()
+        current = (worker_id == request.decode_worker and refused.epoch == request.epoch) or (
+            worker_id == request.prefill_worker and refused.epoch == request.attempt
+        )
+        if not current:
+            self.counts.stale_epoch_refused += 1
+            return self._drain()
+        request.tell(f"{self._name(worker_id)} refused: {refused.message}")
+        decoding = worker_id == request.decode_worker
+        if (DECODE if decoding else PREFILL) in request.moving:
+            return self._drain()  # the fence that it ran into is ours
+        if refused.code == "FAILED_PRECONDITION":
+            if decoding:
+                request.decode_worker = ""
+            else:
+                request.prefill_worker = ""
+            self._ensure(request, now)
+        elif refused.code in ("DATA_LOSS", "UNAVAILABLE"):
+            self._interrupted(request, now, refused.code)
+            self._compute_again(request, now, fresh=refused.code == "DATA_LOSS")
+        else:
+            self._fail(request, now, refused.code, refused.message, retryable=False)
+        return self._drain()
+
+    # --- the end ---
+
+    def _end(
+        self, request: Request, now: float, reason: inference_pb2.FinishReason,
+        finished_by: str = "",
+    ) -> None:  # fmt: skip
+        """The one way a request ends well. `finished_by` has stopped writing by itself."""
+        assert not request.done
+        if reason == _CANCELLED:
+            self.counts.cancelled += 1
+        else:
+            self.counts.finished += 1
+        finished = inference_pb2.Finished(
+            reason=reason, usage=timing.usage(request),
+            timing=timing.timing(
+                request, now, self._name(request.prefill_worker), self._name(request.decode_worker)
+            ),
+        )  # fmt: skip
+        event = inference_pb2.GenerateEvent(request_id=request.request_id, finished=finished)
+        self._conclude(request, now, event, finished_by)
+
+    def _fail(
+        self, request: Request, now: float, code: str, message: str, *, retryable: bool
+    ) -> None:
+        self.counts.failed += 1
+        failed = inference_pb2.Failed(
+            code=code, message=message, retryable=retryable, story=request.story
+        )
+        event = inference_pb2.GenerateEvent(request_id=request.request_id, failed=failed)
+        self._conclude(request, now, event, "")
+
+    def _conclude(
+        self, request: Request, now: float, event: inference_pb2.GenerateEvent, finished_by: str
+    ) -> None:
+        if request.phase in (Phase.OPENING, Phase.RUNNING):
+            self._release(request, keep=True, finished_by=finished_by)
+        request.phase = Phase.DONE
+        request.final = event
+        request.orphan_at = None
+        request.forget_at = now + request.retain_s
+        ended = journal_pb2.Ended(
+            request_id=request.request_id, token_ids=[t for t, _ in request.tokens],
+            logprobs=[p for _, p in request.tokens],
+        )  # fmt: skip
+        if event.HasField("finished"):
+            ended.finished.CopyFrom(event.finished)
+        else:
+            ended.failed.CopyFrom(event.failed)
+        self._out.append(Write(journal_pb2.JournalRecord(ended=ended)))
+        self._out.append(Notify(request.request_id))
+
+    def _release(self, request: Request, *, keep: bool, finished_by: str = "") -> None:
+        """Tells the workers to stop and gives the pages back; those that a worker may still write
+        to wait in quarantine until it has said so."""
+        live = [] if request.prefill_stopped else [request.prefill_worker]
+        if request.decode_told and finished_by != request.decode_worker:
+            live.append(request.decode_worker)
+        for worker, epoch in (
+            (request.prefill_worker, request.attempt),
+            (request.decode_worker, request.epoch),
+        ):
+            if worker in live:
+                stop = control_pb2.StopRequest(request_id=request.request_id, epoch=epoch)
+                self._out.append(Send(worker, control_pb2.WorkerCommand(stop=stop)))
+        for store in request.stores:
+            self._release_store(request, store, keep=keep, live=live)
+
+    def _release_store(self, request: Request, store: str, *, keep: bool, live: list[str]) -> None:
+        message = store_pb2.ReleaseRequest(
+            request_id=request.request_id, keep_blocks=keep, live_writers=live
+        )
+        self._call(request, store, "Release", message)
+
+    # --- after a restart of this process ---
+
+    def recover(
+        self, now: float, unix_ms: int, records: Iterable[journal_pb2.JournalRecord]
+    ) -> None:
+        """Takes up the journal; streams are looked for once the workers have had time to return."""
+        for record in records:
+            kind = record.WhichOneof("record")
+            if kind == "accepted":
+                self._recover_accepted(now, unix_ms, record.accepted)
+            elif kind == "placed":
+                self._epoch = max(self._epoch, record.placed.epoch, record.placed.attempt)
+                self._recover_placed(record.placed)
+            elif kind == "ended":
+                self._recover_ended(now, record.ended)
+        self._recover_at = now + self.config.recover_grace_ms / 1e3
+
+    def _recover_accepted(self, now: float, unix_ms: int, accepted: journal_pb2.Accepted) -> None:
+        request = self._request(now, accepted.body, list(accepted.token_ids), accepted.sampling)
+        if accepted.deadline_unix_ms:
+            request.deadline_at = now + (accepted.deadline_unix_ms - unix_ms) / 1e3
+        request.phase = Phase.RECOVERING
+        request.orphan_at = now + request.orphan_s
+        request.tell("taken up from the journal")
+        self.requests[request.request_id] = request
+
+    def _recover_placed(self, placed: journal_pb2.Placed) -> None:
+        request = self.requests.get(placed.request_id)
+        if request is None:
+            return
+        request.epoch, request.attempt = placed.epoch, placed.attempt
+        request.prefill_worker, request.decode_worker = placed.prefill_worker, placed.decode_worker
+        request.prefill_store, request.decode_store = placed.prefill_store, placed.decode_store
+        request.base_index = placed.first_index
+
+    def _recover_ended(self, now: float, ended: journal_pb2.Ended) -> None:
+        request = self.requests.get(ended.request_id)
+        if request is None:
+            return
+        tokens = zip(ended.token_ids, ended.logprobs, strict=True)
+        for index, (token, logprob) in enumerate(tokens):
+            self._take_token(
+                request, now, control_pb2.Token(index=index, token_id=token, logprob=logprob)
+            )
+        request.phase = Phase.DONE
+        request.orphan_at = None
+        request.forget_at = now + request.retain_s
+        request.final = inference_pb2.GenerateEvent(request_id=request.request_id)
+        if ended.HasField("finished"):
+            request.final.finished.CopyFrom(ended.finished)
+        else:
+            request.final.failed.CopyFrom(ended.failed)
+
+    def recovering(self) -> list[Request]:
+        return [r for r in self.requests.values() if r.phase is Phase.RECOVERING]
+
+    def _recover_due(self, now: float) -> None:
+        if self._recover_at is None or not self.ingest:
+            return
+        awaited = {w for r in self.recovering() for w in (r.decode_worker, r.prefill_worker) if w}
+        if now < self._recover_at and not awaited <= set(self.workers):
+            return
+        self._recover_at = None
+        keep = store_pb2.ReconcileRequest(request_ids=[r.request_id for r in self.recovering()])
+        for store in self.ingest:
+            self._out.append(CallStore("", store, "Reconcile", keep))
+        for request in self.recovering():
+            if request.decode_store and not request.base_index:
+                message = store_pb2.ReadStreamRequest(request_id=request.request_id)
+                self._call(request, request.decode_store, "ReadStream", message)
+                continue
+            if request.decode_store:  # part of its tokens died with us: all are made again
+                self._release(request, keep=True)
+            request.phase = Phase.WAITING
+
+    def _found(self, request: Request, now: float, reply: store_pb2.ReadStreamResponse) -> None:
+        """The stream's record still lies in the arena: adopt its tokens and whoever runs it."""
+        if request.phase is not Phase.RECOVERING:
+            return
+        request.phase = Phase.RUNNING
+        request.slots[request.decode_store] = reply.slot
+        request.cached = dict.fromkeys(request.stores, 0)
+        self._epoch = max(self._epoch, reply.epoch, reply.attempt)
+        request.epoch, request.attempt = reply.epoch, reply.attempt
+        request.prefill_done = bool(reply.token_ids)
+        pairs = zip(reply.token_ids, reply.logprobs, strict=True)
+        for index, (token, logprob) in enumerate(pairs):
+            self._take_token(
+                request, now, control_pb2.Token(index=index, token_id=token, logprob=logprob)
+            )
+        if request.prefill_done and request.prefill_store != request.decode_store:
+            self._release_store(request, request.prefill_store, keep=True, live=[])
+            request.prefill_store = request.decode_store
+        last = len(request.tokens) - 1
+        ends = (
+            finish_reason(request.tokens[last][0], last, request.sampling) if last >= 0 else 0
+        )
+        if request.text.stopped or ends:
+            self._end(request, now, ends or inference_pb2.FINISH_REASON_STOP)
+            return
+        self._adopt(request, now)
+
+    def _adopt(self, request: Request, now: float) -> None:
+        decode = self.workers.get(request.decode_worker)
+        if decode and decode.running.get(request.request_id) == request.epoch:
+            self._send_decode(request)  # the same epoch again: it only reports once more
+        elif decode and request.needs_decode:
+            request.decode_told = True
+            self._send_decode(request)
+        prefill = self.workers.get(request.prefill_worker)
+        if not request.prefill_done and prefill:
+            if prefill.running.get(request.request_id) == request.attempt:
+                request.prefill_stopped = False
+            else:
+                request.slots.setdefault(request.prefill_store, 0)
+                if request.prefill_store == request.decode_store:
+                    self._send_prefill(request)
+                else:
+                    self._compute_again(request, now, fresh=False)
+                    return
+        self._ensure(request, now)
+
+    def journal(self) -> list[journal_pb2.JournalRecord]:
+        """The shortest journal that says what is known now."""
+        records = []
+        for request in self.requests.values():
+            records.append(
+                journal_pb2.JournalRecord(
+                    accepted=journal_pb2.Accepted(
+                        request_id=request.request_id, body=request.body,
+                        token_ids=request.prompt, sampling=request.sampling,
+                    )
+                )
+            )  # fmt: skip
+            placed = journal_pb2.Placed(
+                request_id=request.request_id, epoch=request.epoch, attempt=request.attempt,
+                prefill_worker=request.prefill_worker, decode_worker=request.decode_worker,
+                prefill_store=request.prefill_store, decode_store=request.decode_store,
+                first_index=request.base_index,
+            )  # fmt: skip
+            records.append(journal_pb2.JournalRecord(placed=placed))
+            if request.final:
+                ended = journal_pb2.Ended(
+                    request_id=request.request_id, token_ids=[t for t, _ in request.tokens],
+                    logprobs=[p for _, p in request.tokens],
+                )  # fmt: skip
+                if request.final.HasField("finished"):
+                    ended.finished.CopyFrom(request.final.finished)
+                else:
+                    ended.failed.CopyFrom(request.final.failed)
+                records.append(journal_pb2.JournalRecord(ended=ended))
+        return records
+
+    # --- looking at it ---
+
+    def _count(self, *phases: Phase) -> int:
+        return sum(request.phase in phases for request in self.requests.values())
+
+    def cluster_view(self, stores: Sequence[cluster_pb2.StorePages]) -> cluster_pb2.ClusterView:
+        counts = cluster_pb2.RequestCounts()
+        counts.CopyFrom(self.counts)
+        counts.waiting = self._count(Phase.WAITING, Phase.RECOVERING)
+        counts.running = self._count(Phase.OPENING, Phase.RUNNING)
+        workers = []
+        for info in sorted(self.workers.values(), key=lambda w: w.worker.name):
+            worker = cluster_pb2.Worker()
+            worker.CopyFrom(info.worker)
+            del worker.running_requests[:]
+            worker.running_requests.extend(
+                r.request_id
+                for r in self.requests.values()
+                if r.phase is Phase.RUNNING
+                and (
+                    info.worker_id == r.decode_worker
+                    or (info.worker_id == r.prefill_worker and not r.prefill_done)
+                )
+            )
+            workers.append(worker)
+        return cluster_pb2.ClusterView(workers=workers, stores=stores, requests=counts)
+
+    def check_invariants(self) -> None:
+        for request in self.requests.values():
+            assert request.done == (request.final is not None), request.request_id
+            assert request.readers >= 0
+            if request.phase in (Phase.OPENING, Phase.RUNNING):
+                assert request.epoch and request.decode_store, request.request_id
+
+    def _drain(self) -> list[Instruction]:
+        out, self._out = self._out, []
+        return out

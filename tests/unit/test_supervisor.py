@@ -1,0 +1,200 @@
+"""The supervisor's rules, tried on real processes that do nothing but live and die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.cluster import ClusterSpec, ProcessSpec
+from baton.handle import StartFailed, read_state, start_time
+from baton.supervisor import BACKOFF_S_MAX, Child, RestartPolicy, Supervisor, exclusive
+from services.ops.errors import ConfigError
+
+pytestmark = pytest.mark.processes
+
+LIVE = 'import signal; print(\'READY {"address": "h:%s"}\', flush=True); signal.pause()'
+IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + LIVE
+CRASH = "import sys; print('no such model', file=sys.stderr); sys.exit(2)"
+
+
+def process(name: str, code: str = LIVE, role: str = "decode") -> ProcessSpec:
+    return ProcessSpec(name, role, (sys.executable, "-S", "-c", code))
+
+
+class Watch:
+    """Waits for conditions on children, woken by each change instead of by the clock."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def __call__(self) -> None:
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await self._changed.wait()
+                self._changed.clear()
+
+
+@asynccontextmanager
+async def running(spec: ProcessSpec, tmp_path: Path) -> AsyncIterator[tuple[Child, Watch]]:
+    watch = Watch()
+    child = Child(spec, tmp_path / "child.log", watch)
+    task = asyncio.create_task(child.run())
+    try:
+        await watch.until(child.ready.is_set)
+        yield child, watch
+    finally:
+        await child.stop(task)
+
+
+def test_the_first_restart_is_at_once_and_later_ones_back_off() -> None:
+    """A death costs no wait; only dying again within two seconds of a start does, up to 5 s."""
+    policy = RestartPolicy()
+    assert [policy.delay(0.5) for _ in range(4)] == [0.0, 0.1, 0.2, 0.4]
+    assert policy.delay(60.0) == 0.0
+    assert policy.delay(0.5) == 0.1
+    assert [policy.delay(0.5) for _ in range(20)][-1] == BACKOFF_S_MAX
+
+
+def test_a_killed_child_comes_back_as_another_process(tmp_path: Path) -> None:
+    """SIGKILL is noticed without polling; the new process is ready and counted."""
+
+    async def scenario() -> None:
+        async with running(process("decode-0"), tmp_path) as (child, watch):
+            first = child.pid
+            assert first is not None
+            os.kill(first, signal.SIGKILL)
+            await watch.until(lambda: child.restarts == 1 and child.ready.is_set())
+            assert child.pid not in (None, first)
+            assert start_time(first) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_child_has_its_own_process_group(tmp_path: Path) -> None:
+    """A signal to the supervisor's terminal reaches the supervisor alone."""
+
+    async def scenario() -> None:
+        async with running(process("decode-0"), tmp_path) as (child, _):
+            assert child.pid is not None
+            assert os.getpgid(child.pid) == child.pid
+
+    asyncio.run(scenario())
+
+
+def test_a_child_that_ignores_sigterm_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shutdown is bounded: after its time SIGKILL goes to that pid."""
+    monkeypatch.setattr("baton.supervisor.STOP_S_MAX", 0.2)
+
+    async def scenario() -> int:
+        async with running(process("decode-0", IGNORE), tmp_path) as (child, _):
+            assert child.pid is not None
+            return child.pid
+
+    assert start_time(asyncio.run(scenario())) is None
+
+
+# --- the whole supervisor ------------------------------------------------------------------------
+
+
+def plan(spec: ClusterSpec) -> list[ProcessSpec]:
+    """A small cluster whose scheduler reports the port 7 when it was asked for port 0."""
+    port = spec.listen.rpartition(":")[2].replace("0", "7")
+    return [process("scheduler", LIVE % port, "scheduler"), process("decode-0")]
+
+
+async def supervised(
+    spec: ClusterSpec, body: Callable[[Supervisor, Watch], Any], plan: Any = plan
+) -> Supervisor:
+    """Runs a supervisor, does `body` once it is ready, stops it."""
+    supervisor, stop, watch = Supervisor(spec, plan), asyncio.Event(), Watch()
+    for child in supervisor.children:
+        written = child.changed
+        child.changed = lambda written=written: (written(), watch())  # type: ignore[misc]
+    ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    running = asyncio.create_task(supervisor.run(stop, ready.set_result))
+    try:
+        await asyncio.wait([ready, running], timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            await body(supervisor, watch)
+    finally:
+        stop.set()
+        await running
+    return supervisor
+
+
+def test_the_state_file_tells_the_truth(tmp_path: Path) -> None:
+    """Address, pids and restarts are those of now; after the end there is no file."""
+    spec = ClusterSpec(run_dir=str(tmp_path), listen="h:0")
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        state = read_state(tmp_path)
+        assert state is not None
+        assert (state["pid"], state["address"], state["ready"]) == (os.getpid(), "h:7", True)
+        pids = {entry["name"]: entry["pid"] for entry in state["processes"]}
+        os.kill(pids["decode-0"], signal.SIGKILL)
+        decode = supervisor.children[1]
+        await watch.until(lambda: decode.restarts == 1 and decode.ready.is_set())
+        entry = (read_state(tmp_path) or {})["processes"][1]
+        assert (entry["restarts"], entry["pid"], entry["ready"]) == (1, decode.pid, True)
+
+    asyncio.run(supervised(spec, body))
+    assert read_state(tmp_path) is None
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_scheduler_that_comes_back_keeps_its_port(tmp_path: Path) -> None:
+    """Port 0 is picked once; a restart listens where the clients look for it."""
+    spec = ClusterSpec(run_dir=str(tmp_path), listen="h:0")
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        scheduler = supervisor.children[0]
+        assert scheduler.pid is not None
+        os.kill(scheduler.pid, signal.SIGKILL)
+        await watch.until(lambda: scheduler.restarts == 1 and scheduler.ready.is_set())
+        assert scheduler.spec == plan(ClusterSpec(run_dir=str(tmp_path), listen="h:7"))[0]
+        assert supervisor.address == "h:7"
+
+    asyncio.run(supervised(spec, body))
+
+
+def test_a_process_that_gives_up_at_the_start_ends_the_cluster(tmp_path: Path) -> None:
+    """A configuration that cannot work is an error with the process's own words, not a loop."""
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        raise AssertionError("was ready")
+
+    def broken(spec: ClusterSpec) -> list[ProcessSpec]:
+        return [process("decode-0"), process("decode-1", CRASH)]
+
+    spec = ClusterSpec(run_dir=str(tmp_path))
+    with pytest.raises(StartFailed, match=r"decode-1 ended with status 2:\nno such model"):
+        asyncio.run(supervised(spec, body, broken))
+
+
+def test_one_supervisor_per_run_dir(tmp_path: Path) -> None:
+    """A second one is refused before it touches anything."""
+    with exclusive(tmp_path), pytest.raises(ConfigError, match="run_dir"), exclusive(tmp_path):
+        pass
+
+
+def test_a_state_file_of_a_dead_supervisor_counts_for_nothing(tmp_path: Path) -> None:
+    """Pid and start time together name a process; a reused pid has another start time."""
+    path = tmp_path / "supervisor.json"
+    path.write_text(json.dumps({"pid": os.getpid(), "start_time": start_time(os.getpid())}))
+    assert read_state(tmp_path) is not None
+    path.write_text(json.dumps({"pid": os.getpid(), "start_time": 1}))
+    assert read_state(tmp_path) is None
