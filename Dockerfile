@@ -1,6 +1,6 @@
 # One image for every role; the command decides (see docker-compose.yml).
 #   BASE_IMAGE    a Debian with Python 3.11
-#   BUILD_IMAGE   the same with venv, g++ and make; what is missing is installed with apt
+#   BUILD_IMAGE   the same with Python's headers and venv; g++ and make come with apt if missing
 #   PIP_NO_INDEX  1: only the wheels in deploy/wheels, no network
 #   WITH_TORCH    1: with TORCH, for prefill on another device; on CPU the native engine needs none
 ARG BASE_IMAGE=python:3.11-slim

@@ -60,6 +60,22 @@ inline float reduce(V a) {
   return (f[0] + f[2]) + (f[1] + f[3]);
 }
 
+// Four such sums at once, each by the same tree.
+inline V4 reduce4(V a, V b, V c, V d) {
+  auto quarter = [](V x) {
+    V8 e = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
+  };
+  const V4 p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
+  const V4 pq_low = __builtin_shufflevector(p, q, 0, 4, 1, 5);   // p0 q0 p1 q1
+  const V4 pq_high = __builtin_shufflevector(p, q, 2, 6, 3, 7);  // p2 q2 p3 q3
+  const V4 rs_low = __builtin_shufflevector(r, s, 0, 4, 1, 5);
+  const V4 rs_high = __builtin_shufflevector(r, s, 2, 6, 3, 7);
+  const V4 pq = pq_low + pq_high, rs = rs_low + rs_high;  // x0 + x2 first, then x1 + x3
+  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+}
+
 // 16 weights or cached values as floats; `n` < 16 reads no further and fills with zeros.
 inline V widen(const float* p) { return load(p); }
 inline V widen(const uint16_t* p) {
@@ -130,8 +146,14 @@ inline void tile(const float* x, int ldx, const T* w, int cols, float* y, int ld
       for (int m = 0; m < M; m++) acc[m][n] = fma(load(x + size_t(m) * ldx + k), b, acc[m][n]);
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) y[size_t(m) * ldy + n] = reduce(acc[m][n]);
+  for (int m = 0; m < M; m++) {
+    if constexpr (N == 4) {
+      const V4 sums = reduce4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+      std::memcpy(y + size_t(m) * ldy, &sums, sizeof sums);
+    } else {
+      for (int n = 0; n < N; n++) y[size_t(m) * ldy + n] = reduce(acc[m][n]);
+    }
+  }
 }
 
 template <int N, class T>
@@ -226,19 +248,38 @@ template <class T>
 inline void page_scores(const float* q, const T* k, int dim, int first, int last, float scale,
                         float* scores) {
   for (int t = 0; t < kPageTokens; t++) scores[t] = -INFINITY;
-  for (int t = first; t < last; t++) {
+  auto dot = [&](int t) {
     const T* row = k + size_t(t) * dim;
     V acc = {};
     int d = 0;
     for (; d + 16 <= dim; d += 16) acc = fma(load(q + d), widen(row + d), acc);
     if (d < dim) acc = fma(load(q + d), widen_some(row + d, dim - d), acc);
-    scores[t] = reduce(acc) * scale;
+    return acc;
+  };
+  int t = first;
+  for (; t + 4 <= last; t += 4) {
+    const V4 four = reduce4(dot(t), dot(t + 1), dot(t + 2), dot(t + 3)) * V4{scale, scale, scale, scale};
+    std::memcpy(scores + t, &four, sizeof four);
   }
+  for (; t < last; t++) scores[t] = reduce(dot(t)) * scale;
 }
 
 struct Softmax {  // running maximum and sum over the pages so far
   float top = -INFINITY, sum = 0;
 };
+
+// out = out * keep + sum over t of weights[t] * v[t], for 16 * N neighbouring channels.
+template <int N, class T>
+inline void weigh(const float* weights, const T* v, int dim, int first, int last, float keep,
+                  float* out) {
+  V acc[N];
+  for (int i = 0; i < N; i++) acc[i] = load(out + 16 * i) * splat(keep);
+  for (int t = first; t < last; t++) {
+    const V weight = splat(weights[t]);
+    for (int i = 0; i < N; i++) acc[i] = fma(weight, widen(v + size_t(t) * dim + 16 * i), acc[i]);
+  }
+  for (int i = 0; i < N; i++) store(out + 16 * i, acc[i]);
+}
 
 // Folds one page into the running softmax and the output, tokens in ascending order.
 template <class T>
@@ -257,15 +298,14 @@ inline void fold_page(Softmax& s, const float* scores, const T* v, int dim, int 
   s.top = top;
   float weights[kPageTokens];
   for (int i = 0; i < 4; i++) store(weights + 16 * i, p[i]);
-  for (int d = 0; d < dim; d += 16) {
-    const int n = std::min(16, dim - d);
-    V acc = load(out + d) * splat(keep);
-    for (int t = first; t < last; t++) {
-      const T* row = v + size_t(t) * dim + d;
-      acc = fma(splat(weights[t]), n == 16 ? widen(row) : widen_some(row, n), acc);
-    }
-    store(out + d, acc);
-  }
+  int d = 0;
+  for (; d + 64 <= dim; d += 64) weigh<4>(weights, v + d, dim, first, last, keep, out + d);
+  for (; d + 16 <= dim; d += 16) weigh<1>(weights, v + d, dim, first, last, keep, out + d);
+  if (d == dim) return;
+  V acc = load(out + d) * splat(keep);
+  for (int t = first; t < last; t++)
+    acc = fma(splat(weights[t]), widen_some(v + size_t(t) * dim + d, dim - d), acc);
+  store(out + d, acc);
 }
 
 template <class T>

@@ -26,7 +26,7 @@ import platform
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ WARMUP_STEPS = 150
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM_MAX = 1.0
 ATTENTION_BLOCK = 256
-CHECKPOINT_WINDOWS = 16  # of the held-out text, to choose which checkpoint is exported
+CHECKPOINT_TOKENS = 32769  # of the held-out text, to choose which checkpoint is exported
 
 # Sequence length of each part of training, and its share of the time. The last part is as long as
 # the context, so that every position has been trained.
@@ -541,7 +541,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def export_tokenizer(out: Path, tokenizer: Tokenizer, config: PicoConfig) -> None:
@@ -720,20 +720,20 @@ class Progress:
     plan: Plan
     step: int = 0
     seconds: float = 0.0
-    best_perplexity: float = math.inf
+    best: dict[int, float] = field(default_factory=dict)  # sequence length -> perplexity
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "steps": list(self.plan.steps),
             "step": self.step,
             "seconds": self.seconds,
-            "best_perplexity": self.best_perplexity,
+            "best": self.best,
         }
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Progress:
         plan = Plan(tuple(raw["steps"]))
-        return cls(plan, raw["step"], raw["seconds"], raw["best_perplexity"])
+        return cls(plan, raw["step"], raw["seconds"], raw["best"])
 
 
 class Run:
@@ -778,17 +778,20 @@ class Run:
                 self._checkpoint()
 
     def _checkpoint(self) -> None:
-        """Save the state; export when the held-out text says that it is the best so far."""
+        """Save the state; export when the held-out text says that it is the best so far.
+
+        The windows are as long as the phase's sequences: a model that has seen 512 positions is
+        measured on 512, and the first checkpoint of a longer phase is exported whatever it says.
+        """
         start = time.perf_counter()
         candidate = Pico(self._config)
         candidate.load_state_dict(self._trainer.model.state_dict())
-        context = self._config.max_position_embeddings
-        stream = self._corpus.held_out[: CHECKPOINT_WINDOWS * context + 1]
-        losses = stream_losses(candidate.eval(), stream, context)
+        length = PHASES[self.progress.plan.phase(self.progress.step - 1)[0]][0]
+        losses = stream_losses(candidate.eval(), self._corpus.held_out[:CHECKPOINT_TOKENS], length)
         perplexity = math.exp(float(losses.mean()))
-        log(f"step {self.progress.step} perplexity {perplexity:.3f} of {len(losses)} held out")
-        if perplexity < self.progress.best_perplexity:
-            self.progress.best_perplexity = perplexity
+        log(f"step {self.progress.step} held-out perplexity {perplexity:.3f} at length {length}")
+        if perplexity < self.progress.best.get(length, math.inf):
+            self.progress.best[length] = perplexity
             export_weights(self._out, candidate)
         self.progress.seconds += time.perf_counter() - start
         self._trainer.save(self._state, self.progress.to_dict())
@@ -905,7 +908,7 @@ to 1%, gradients clipped at {clip}; bf16 arithmetic, float32 master weights.
 
 To repeat it: `python scripts/train_pico.py --out DIR --seed {seed} --threads {threads} --steps
 {steps_text}`. The same corpus, seed, steps and torch build give the same batches; the arithmetic of
-another CPU may round differently.
+another CPU, or thread count, may round differently.
 
 ## Held-out text
 
@@ -922,7 +925,7 @@ On positions {half} to {context} of a window alone, pico's perplexity is {late:.
 
 ## What it writes
 
-Not chosen; the first 64 tokens each.
+Not chosen: the first 64 tokens each, the prompt after `<|endoftext|>`.
 
 {samples}
 

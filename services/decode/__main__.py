@@ -82,9 +82,7 @@ class DecodeWorker:
 async def serve(settings: DecodeConfig) -> None:
     """Runs the worker until it is told to stop."""
     stopping = lifecycle.stop_event()
-    hold = join(
-        settings.arena_dir, settings.model, settings.prefill_device, settings.decode_device
-    )
+    hold = join(settings.arena_dir, settings.model, settings.prefill_device, settings.decode_device)
     worker = DecodeWorker(settings, hold)
     worker.engine.start()
     listening = asyncio.create_task(worker.listen())

@@ -1,6 +1,6 @@
 """Which streams run, which wait: continuous batching. Pure.
 
-    pending (KV still arriving) -> waiting (runnable, no room) -> active (in every step)
+pending (KV still arriving) -> waiting (runnable, no room) -> active (in every step)
 """
 
 from __future__ import annotations

@@ -160,9 +160,7 @@ class DecodeStream:
 
     def finish(self) -> inference_pb2.FinishReason:
         """How the stream stands after the last known token."""
-        return finish_reason(
-            self.next_token, self.first_index + self.steps, self.command.sampling
-        )
+        return finish_reason(self.next_token, self.first_index + self.steps, self.command.sampling)
 
     def report(self, from_index: int) -> control_pb2.StreamTokens:
         """The known tokens from `from_index` on, with the finish if there is one."""

@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from services.engine.errors import ModelError
+from services.engine.model import ModelConfig
 from services.kv.layout import KvLayout
 
 
@@ -29,12 +31,12 @@ class PageSource(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one pass; row r is token `tokens[r]` at `positions[r]` of one sequence.
+    """The rows of one pass: row r is token `tokens[r]` at `positions[r]` of its sequence.
 
     tokens, positions, sequence: int32[R]; `sequence` indexes `tables`.
     tables: uint32[S, blocks, groups], page ids; entries past a sequence's last block are unused.
-    Rows of one sequence are in ascending position without gaps, and every earlier position's K and V
-    is already in its page.
+    Rows of one sequence are in ascending position without gaps, and every earlier position's K
+    and V is already in its page.
     """
 
     tokens: NDArray[np.int32]
@@ -68,3 +70,11 @@ class Backend(Protocol):
     def logits(self, which: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32[len(which), vocab]: the logits after the given rows, once all groups have run."""
         ...
+
+
+def check_layout(config: ModelConfig, layout: KvLayout) -> None:
+    """Refuses, by ModelError, pages that were laid out for another model."""
+    for name in ("layers", "kv_heads", "head_dim"):
+        of_model, of_layout = getattr(config, name), getattr(layout, name)
+        if of_model != of_layout:
+            raise ModelError(f"{name}: {of_layout} in the page layout, {of_model} in the model")

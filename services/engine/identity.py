@@ -41,7 +41,11 @@ def identify(
         embedding = checkpoint.tensor("model.embed_tokens.weight")
         kv_dtype = "bf16" if embedding.dtype == "BF16" else "f32"
     layout = KvLayout(
-        config.layers, min(layers_per_group, config.layers), config.kv_heads, config.head_dim, kv_dtype
+        config.layers,
+        min(layers_per_group, config.layers),
+        config.kv_heads,
+        config.head_dim,
+        kv_dtype,
     )
     mark = fingerprint(
         checkpoint.digest(), layout.describe(), CODEC,

@@ -7,19 +7,17 @@ whatever company it is computed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services import _native
-from services.engine.backend import Rows
+from services.engine.backend import PageSource, Rows, check_layout
 from services.engine.checkpoint import EMBEDDING, LM_HEAD, WeightView
-from services.engine.errors import ModelError
 from services.engine.identity import NATIVE_NUMERICS
 from services.engine.model import ModelConfig
 from services.engine.rope import rope_tables
-from services.kv.arena import Arena
 
 _MATRICES = {
     "q": "self_attn.q_proj",
@@ -38,16 +36,22 @@ _NORMS = {
 }
 
 
+class NativePages(PageSource, Protocol):
+    """Pages that the native code can reach: an arena, or a test's memory."""
+
+    @property
+    def native(self) -> Any: ...
+
+
 class NativeBackend:
     """One model on this processor. `level` forces an instruction set: v4, v3 or base."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, WeightView], arena: Arena, level: str = ""
-    ) -> None:
+        self, config: ModelConfig, weights: Mapping[str, WeightView], arena: NativePages,
+        level: str = "",
+    ) -> None:  # fmt: skip
         layout = arena.layout
-        shape = (config.layers, config.kv_heads, config.head_dim)
-        if (layout.layers, layout.kv_heads, layout.head_dim) != shape:
-            raise ModelError(f"layout: {layout.describe()} does not fit the model's {shape}")
+        check_layout(config, layout)
         cos, sin = rope_tables(config, config.max_context)
         shape_of = {
             name: getattr(config, name)
@@ -61,6 +65,7 @@ class NativeBackend:
             shape_of, _arrays(config, weights), cos, sin, arena.native, level
         )
         self._rows: Rows | None = None
+        self._groups = self._next_group = layout.groups
 
     @property
     def numerics(self) -> str:
@@ -72,13 +77,16 @@ class NativeBackend:
         return str(self._engine.level)
 
     def begin(self, rows: Rows) -> None:
-        self._rows = rows
+        self._rows, self._next_group = rows, 0
         self._engine.begin(rows.tokens, rows.positions, rows.sequence, rows.tables)
 
     def run_group(self, group: int) -> None:
+        assert group == self._next_group, f"group {group} before group {self._next_group}"
         self._engine.run_group(group)
+        self._next_group += 1
 
     def logits(self, which: NDArray[np.int32]) -> NDArray[np.float32]:
+        assert self._next_group == self._groups, "logits before the last group"
         out: NDArray[np.float32] = self._engine.logits(which)
         return out
 

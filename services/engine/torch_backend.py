@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from services.engine.backend import PageSource, Rows
+from services.engine.backend import PageSource, Rows, check_layout
 from services.engine.checkpoint import EMBEDDING, LM_HEAD, WeightView
 from services.engine.errors import ModelError, NumericsError
 from services.engine.model import ModelConfig
@@ -71,7 +71,7 @@ class TorchBackend:
         """Reads `weights` once, at construction; `pages` is read and written by every pass."""
         if compute_dtype not in _COMPUTE_DTYPES:
             raise ModelError(f"compute_dtype: {compute_dtype!r} not in {sorted(_COMPUTE_DTYPES)}")
-        _check_layout(config, pages.layout)
+        check_layout(config, pages.layout)
         self._config = config
         self._pages = pages
         self._device = torch.device(device)
@@ -334,13 +334,6 @@ def _as_tensor(view: WeightView) -> torch.Tensor:
     """A copy in host memory: torch has no read-only tensors and would warn about the mapping."""
     tensor = torch.from_numpy(np.array(view.array))
     return tensor.view(torch.bfloat16) if view.dtype == "BF16" else tensor
-
-
-def _check_layout(config: ModelConfig, layout: KvLayout) -> None:
-    for name in ("layers", "kv_heads", "head_dim"):
-        of_model, of_layout = getattr(config, name), getattr(layout, name)
-        if of_model != of_layout:
-            raise ModelError(f"{name}: {of_layout} in the page layout, {of_model} in the model")
 
 
 def _device_class(device: torch.device) -> str:

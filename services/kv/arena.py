@@ -88,15 +88,19 @@ def _align(n: int, to: int) -> int:
 
 
 def plan_arena(
-    layout: KvLayout, *, arena_bytes: int, streams: int, record_bytes: int, max_context: int,
-    fingerprint: str, store_id: str,
+    layout: KvLayout,
+    *,
+    arena_bytes: int,
+    streams: int,
+    record_bytes: int,
+    max_context: int,
+    fingerprint: str,
+    store_id: str,
 ) -> ArenaPlan:
     """Fits as many blocks as `arena_bytes` allow. Raises ConfigError when not even one request fits."""
 
     def plan(blocks: int) -> ArenaPlan:
-        return ArenaPlan(
-            layout, blocks, streams, record_bytes, max_context, fingerprint, store_id
-        )
+        return ArenaPlan(layout, blocks, streams, record_bytes, max_context, fingerprint, store_id)
 
     per_block = layout.groups * (layout.page_bytes + HEADER.itemsize)
     blocks = max(0, (arena_bytes - plan(0).total_bytes) // per_block)

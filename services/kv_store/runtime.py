@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from baton.v1 import cluster_pb2, store_pb2
+from services.engine.identity import ModelIdentity
 from services.kv import arena as pages
 from services.kv import locks
 from services.kv.arena import Arena, create_arena, plan_arena
@@ -24,7 +25,6 @@ from services.kv_store.index import PrefixIndex
 from services.kv_store.pool import BlockPool
 from services.kv_store.recover import RESTING, rebuild
 from services.kv_store.state import KvState, Stream
-from services.engine.identity import ModelIdentity
 from services.ops import log
 from services.ops.errors import ConfigError, InvalidRequest
 from services.ops.failpoints import Failpoints

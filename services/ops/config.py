@@ -32,7 +32,9 @@ def _parse(kind: Any, name: str, text: str) -> Any:
             return tuple(part for part in text.split(",") if part)
         return kind(text)
     except (KeyError, ValueError):
-        raise ConfigError(f"{name}: {text!r} is not a valid {getattr(kind, '__name__', kind)}") from None
+        raise ConfigError(
+            f"{name}: {text!r} is not a valid {getattr(kind, '__name__', kind)}"
+        ) from None
 
 
 def parse_cores(text: str) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Named places where a test can make a process die. Off unless a directory is configured.
 
-A failpoint is armed by a file `<directory>/<name>@<number>.json` in that directory, with the keys `point`,
+A failpoint is armed by a file `<directory>/<any name>.json` with the keys `point`,
 `action` (`kill` or `stop`), and optionally `index` and `process`. The first process that reaches it
 renames the file, so that it fires once.
 """

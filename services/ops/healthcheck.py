@@ -1,7 +1,7 @@
 """`python -m services.ops.healthcheck <role>`: exit status 0 when this container's process is well.
 
-A server is asked over gRPC where it listens (BATON_LISTEN). A worker has no server: while the scheduler
-has it, it touches a file named after it (BATON_NAME) at each heartbeat, and that file's age tells.
+A server is asked over gRPC where it listens (BATON_LISTEN). A worker has no server: while the
+scheduler has it, it touches a file named after it (BATON_NAME) at each heartbeat, whose age tells.
 """
 
 from __future__ import annotations

@@ -62,14 +62,10 @@ class PrefillWorker:
 async def serve(settings: PrefillConfig) -> None:
     """Runs the worker until it is told to stop."""
     stopping = lifecycle.stop_event()
-    hold = join(
-        settings.arena_dir, settings.model, settings.prefill_device, settings.decode_device
-    )
+    hold = join(settings.arena_dir, settings.model, settings.prefill_device, settings.decode_device)
     worker = PrefillWorker(settings, hold)
     worker.engine.start()
-    await attached(
-        settings, stopping, worker.register, worker.command, link_ready=worker.use
-    )
+    await attached(settings, stopping, worker.register, worker.command, link_ready=worker.use)
     worker.engine.close()
 
 

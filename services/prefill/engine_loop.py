@@ -183,9 +183,7 @@ class PrefillEngine:
             page = int(table[block, group])
             self._arena.native.seal(page, group, PAGE_TOKENS, identity.key(block))
 
-    def _first_token(
-        self, job: Job, handoff: Handoff, prompt: int, record: StreamRecord
-    ) -> None:
+    def _first_token(self, job: Job, handoff: Handoff, prompt: int, record: StreamRecord) -> None:
         command = job.command
         last = np.array([len(self._last_rows(prompt, job)) - 1], np.int32)
         logits = self._backend.logits(last)[0]

@@ -155,9 +155,7 @@ class RemoteHandoff:
         crcs = self.arena.headers["row_crc"][ids].tobytes()
         frames: list[bytes | memoryview] = [crcs]
         frames += [self.arena.run(group, start, length) for start, length in runs(blocks)]
-        self._send(
-            Kind.PAGES, frames, group=group, first_block=begin, blocks=count, tokens=tokens
-        )
+        self._send(Kind.PAGES, frames, group=group, first_block=begin, blocks=count, tokens=tokens)
 
     def _send(self, kind: Kind, frames: list[bytes | memoryview], **fields: int | float) -> None:
         self._sequence += 1

@@ -75,9 +75,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):  # type: ignore[misc]
         self._scheduler = scheduler
 
     @streaming
-    async def Attach(
-        self, requests: Any, context: Any
-    ) -> AsyncIterator[control_pb2.WorkerCommand]:
+    async def Attach(self, requests: Any, context: Any) -> AsyncIterator[control_pb2.WorkerCommand]:
         first = await anext(requests)
         commands = self._scheduler.attach(first.register)
         worker_id = first.register.worker.worker_id

@@ -55,7 +55,7 @@ class Scheduler:
     def _recover(self) -> None:
         records = list(journal.read(self._journal.path))
         self.state.recover(time.monotonic(), _unix_ms(), records)
-        self.state._drain()  # noqa: SLF001 - what was journaled already is not to be done again
+        self.state._drain()
         self._journal.rewrite(self.state.journal())
         if self.state.requests:
             _logger.info("journal taken up", requests=len(self.state.requests))

@@ -174,7 +174,11 @@ class SchedulerState:
                 info.worker.state = cluster_pb2.WORKER_STATE_SUSPECT
         for request in list(self.requests.values()):
             if request.done:
-                if request.forget_at is not None and now >= request.forget_at and not request.readers:
+                if (
+                    request.forget_at is not None
+                    and now >= request.forget_at
+                    and not request.readers
+                ):
                     del self.requests[request.request_id]
             elif request.deadline_at is not None and now >= request.deadline_at:
                 request.tell("deadline passed")
@@ -227,7 +231,9 @@ class SchedulerState:
         self._epoch += 1
         return self._epoch
 
-    def _placed(self, request: Request, epoch: int, attempt: int, decode: str, prefill: str) -> None:
+    def _placed(
+        self, request: Request, epoch: int, attempt: int, decode: str, prefill: str
+    ) -> None:
         placed = journal_pb2.Placed(
             request_id=request.request_id, epoch=epoch, attempt=attempt, prefill_worker=prefill,
             decode_worker=decode, prefill_store=request.prefill_store,
@@ -284,9 +290,7 @@ class SchedulerState:
             request_id=request.request_id, slot=request.slots[request.decode_store],
             epoch=request.epoch, sampling=request.sampling, report_from=report_from,
         )  # fmt: skip
-        self._out.append(
-            Send(request.decode_worker, control_pb2.WorkerCommand(decode=command))
-        )
+        self._out.append(Send(request.decode_worker, control_pb2.WorkerCommand(decode=command)))
 
     def _send_prefill(self, request: Request) -> None:
         request.prefill_stopped = False
@@ -301,9 +305,7 @@ class SchedulerState:
             command.remote_slot = request.slots[request.decode_store]
             command.remote_tokens = request.cached[request.decode_store]
             command.remote_attempt = request.attempt
-        self._out.append(
-            Send(request.prefill_worker, control_pb2.WorkerCommand(prefill=command))
-        )
+        self._out.append(Send(request.prefill_worker, control_pb2.WorkerCommand(prefill=command)))
 
     # --- keeping a running request supplied with workers ---
 
@@ -784,9 +786,7 @@ class SchedulerState:
             self._release_store(request, request.prefill_store, keep=True, live=[])
             request.prefill_store = request.decode_store
         last = len(request.tokens) - 1
-        ends = (
-            finish_reason(request.tokens[last][0], last, request.sampling) if last >= 0 else 0
-        )
+        ends = finish_reason(request.tokens[last][0], last, request.sampling) if last >= 0 else 0
         if request.text.stopped or ends:
             self._end(request, now, ends or inference_pb2.FINISH_REASON_STOP)
             return

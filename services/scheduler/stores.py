@@ -40,9 +40,7 @@ class Stores:
         while True:
             for address in self._addresses:
                 await self.refresh(address)
-            changed(
-                {d.pages.store_id: d.ingest_address for d in self.described.values()}
-            )
+            changed({d.pages.store_id: d.ingest_address for d in self.described.values()})
             known = len(self.described) == len(self._addresses)
             await asyncio.sleep(DESCRIBE_S if known else _RETRY_S[0])
 

@@ -5,7 +5,9 @@ Tests of the `Backend` contract are parametrised over `BACKENDS`; a new device a
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from services.engine.backend import Backend, PageSource, Rows
 from services.engine.checkpoint import WeightView
 from services.engine.model import ModelConfig
+from services.engine.native_backend import NativeBackend
 from services.kv.layout import KvLayout, blocks_for
 from tests.support.models import MemoryPages
 
@@ -28,7 +31,25 @@ def _torch(config: ModelConfig, weights: Mapping[str, WeightView], pages: PageSo
     return TorchBackend(config, weights, pages)
 
 
-BACKENDS: dict[str, BackendFactory] = {"torch": _torch}
+def _native(level: str) -> BackendFactory:
+    def make(config: ModelConfig, weights: Mapping[str, WeightView], pages: PageSource) -> Backend:
+        return NativeBackend(config, weights, pages, level)  # type: ignore[arg-type]
+
+    return make
+
+
+def _levels() -> list[str]:
+    """The instruction sets this processor runs, by trying them."""
+    best = ("base",) if platform.machine() != "x86_64" else ("v4", "v3", "base")
+    flags = Path("/proc/cpuinfo").read_text()
+    needed = {"v4": "avx512vl", "v3": "avx2", "base": ""}
+    return [level for level in best if needed[level] in flags]
+
+
+BACKENDS: dict[str, BackendFactory] = {
+    "torch": _torch,
+    **{f"native-{level}": _native(level) for level in _levels()},
+}
 
 
 class Runner:

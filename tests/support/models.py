@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from services import _native
 from services.kv.layout import KvLayout
 
 _COMMON: dict[str, Any] = {"max_position_embeddings": 512, "rms_norm_eps": 1e-5}
@@ -162,8 +163,16 @@ class MemoryPages:
 
     def __init__(self, layout: KvLayout, count: int, fill: int = 0xFF) -> None:
         self._layout = layout
-        self.array = np.zeros((count, *layout.page_shape), layout.dtype)
-        self.array.view(np.uint8)[:] = fill
+        offset = -(-count * _native.PAGE_HEADER_BYTES // 64) * 64
+        buffer = np.full(offset + count * layout.page_bytes, fill, np.uint8)
+        self.array = buffer[offset:].view(layout.dtype).reshape(count, *layout.page_shape)
+        geometry = _native.Geometry(
+            header_offset=0, pages_offset=offset, page_bytes=layout.page_bytes, page_count=count,
+            layers=layout.layers, layers_per_group=layout.layers_per_group,
+            kv_heads=layout.kv_heads, head_dim=layout.head_dim,
+            element_bytes=layout.dtype.itemsize,
+        )  # fmt: skip
+        self.native = _native.Arena(buffer, geometry)
 
     @property
     def layout(self) -> KvLayout:

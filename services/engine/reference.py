@@ -1,0 +1,121 @@
+"""The one-process reference: the same model and sampler in a plain loop, with a cold cache and no
+arena, scheduler or store. What every policy, crash and batch is compared with, bit for bit.
+
+    python -m services.engine.reference < requests.jsonl > tokens.jsonl
+
+Each input line: {"id", "token_ids" or "text", "max_tokens", "temperature", "top_p", "top_k", "min_p",
+"seed", "ignore_eos"}; each output line: {"id", "token_ids", "text"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from services import _native
+from services.engine.backend import Backend, Rows
+from services.engine.checkpoint import load_weights
+from services.engine.identity import identify
+from services.engine.model import ModelConfig
+from services.engine.native_backend import NativeBackend
+from services.engine.sampling import SamplingParams, sample
+from services.kv.layout import KvLayout, blocks_for
+
+
+class HeapPages:
+    """Pages on this process's heap, for one sequence at a time."""
+
+    def __init__(self, layout: KvLayout, tokens_max: int) -> None:
+        self.layout = layout
+        count = blocks_for(tokens_max) * layout.groups
+        offset = -(-count * _native.PAGE_HEADER_BYTES // 64) * 64
+        buffer = np.zeros(offset + count * layout.page_bytes, np.uint8)
+        self._pages = buffer[offset:].view(layout.dtype).reshape(count, *layout.page_shape)
+        self.native = _native.Arena(
+            buffer,
+            _native.Geometry(
+                header_offset=0, pages_offset=offset, page_bytes=layout.page_bytes,
+                page_count=count, layers=layout.layers,
+                layers_per_group=layout.layers_per_group, kv_heads=layout.kv_heads,
+                head_dim=layout.head_dim, element_bytes=layout.dtype.itemsize,
+            ),
+        )  # fmt: skip
+        self.table = np.arange(count, dtype=np.uint32).reshape(1, -1, layout.groups)
+
+    def page(self, page_id: int) -> NDArray[np.generic]:
+        return self._pages[page_id]  # type: ignore[no-any-return]
+
+
+class Reference:
+    """One model, one sequence at a time: the whole prompt in one pass, then token by token."""
+
+    def __init__(self, model: str, kv_dtype: str = "auto") -> None:
+        identity = identify(
+            model, kv_dtype=kv_dtype, layers_per_group=1_000_000, prefill_device="cpu",
+            decode_device="cpu",
+        )  # fmt: skip
+        self.config: ModelConfig = identity.config
+        self.tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+        self._pages = HeapPages(identity.layout, self.config.max_context)
+        self._backend: Backend = NativeBackend(
+            self.config, load_weights(model, self.config), self._pages
+        )
+
+    def generate(
+        self, prompt: list[int], params: SamplingParams, max_tokens: int, stops: set[int]
+    ) -> list[int]:
+        """The tokens after `prompt`, a stop token included."""
+        tokens: list[int] = []
+        fresh = list(prompt)
+        at = 0
+        while len(tokens) < max_tokens and not (tokens and tokens[-1] in stops):
+            positions = np.arange(at, at + len(fresh), dtype=np.int32)
+            zeros = np.zeros(len(fresh), np.int32)
+            self._backend.begin(
+                Rows(np.array(fresh, np.int32), positions, zeros, self._pages.table)
+            )
+            for group in range(self._pages.layout.groups):
+                self._backend.run_group(group)
+            at += len(fresh)
+            logits = self._backend.logits(np.array([len(fresh) - 1], np.int32))[0]
+            token, _ = sample(logits, params, at)
+            tokens.append(token)
+            fresh = [token]
+        return tokens
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One line of the program's input."""
+        ids = request.get("token_ids")
+        if ids is None:
+            ids = self.tokenizer.encode(request["text"], add_special_tokens=False).ids
+        params = SamplingParams(
+            temperature=request.get("temperature", 0.0), top_p=request.get("top_p", 1.0),
+            top_k=request.get("top_k", 0), min_p=request.get("min_p", 0.0),
+            seed=request.get("seed", 0),
+        )  # fmt: skip
+        stops = set() if request.get("ignore_eos") else set(self.config.eos_token_ids)
+        tokens = self.generate(list(ids), params, int(request["max_tokens"]), stops)
+        text = self.tokenizer.decode(tokens)
+        return {"id": request.get("id"), "token_ids": tokens, "text": text}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="models/pico")
+    parser.add_argument("--kv-dtype", default="auto")
+    arguments = parser.parse_args()
+    reference = Reference(arguments.model, arguments.kv_dtype)
+    for line in sys.stdin:
+        print(json.dumps(reference.answer(json.loads(line))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
