@@ -110,7 +110,7 @@ class Child:
             if self._stopping.is_set():
                 return
             if not self.facts and status > 0:
-                last = tail(self.log_file)
+                last = tail(self.log_file, 6)
                 raise StartFailed(f"{self.spec.name} ended with status {status}:\n{last}")
             self.restarts += 1
             delay_s = self.policy.delay(lived_s)
@@ -191,7 +191,7 @@ class Supervisor:
 
     async def _until_ready(self, endings: Sequence[asyncio.Task[Any]]) -> None:
         """Returns when all are ready or one of `endings` is done; raises what that raised."""
-        ready = asyncio.gather(*(child.ready.wait() for child in self.children))
+        ready = asyncio.create_task(self._all_ready())
         done, _ = await asyncio.wait(
             [ready, *endings], timeout=READY_S_MAX, return_when=asyncio.FIRST_COMPLETED
         )
@@ -201,8 +201,12 @@ class Supervisor:
         if not done:
             missing = [child for child in self.children if not child.ready.is_set()]
             names = ", ".join(child.spec.name for child in missing)
-            last = tail(missing[0].log_file)
+            last = tail(missing[0].log_file, 6)
             raise StartFailed(f"not ready after {READY_S_MAX:g} s: {names}\n{last}")
+
+    async def _all_ready(self) -> None:
+        for child in self.children:
+            await child.ready.wait()
 
     async def _shut_down(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Workers first, so that they can still report; the stores, which others need, last."""

@@ -58,7 +58,7 @@ PHASES = ((512, 0.75), (2048, 0.25))
 
 SAMPLE_PROMPTS = (
     "import os\nimport sys\n\ndef main(",
-    "    def __init__(self, host, port, timeout=None):\n        self.host = host\n",
+    "    def __init__(self, host, port, timeout=None):\n        self.host = host",
     "for i in range(",
     "try:\n    import json\nexcept",
     'The "for" statement is used to',

@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def _path(arena_dir: Path, worker_id: str) -> Path:
-    assert "/" not in worker_id and worker_id
+    assert worker_id
+    assert "/" not in worker_id
     return arena_dir / "locks" / worker_id
 
 

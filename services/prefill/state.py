@@ -22,7 +22,8 @@ class Chunk:
 
 def chunks(start: int, prompt_tokens: int, chunk_tokens: int) -> Iterator[Chunk]:
     """Cuts [start, prompt_tokens) at multiples of `chunk_tokens`."""
-    assert 0 <= start < prompt_tokens and chunk_tokens > 0
+    assert 0 <= start < prompt_tokens
+    assert chunk_tokens > 0
     while start < prompt_tokens:
         end = min((start // chunk_tokens + 1) * chunk_tokens, prompt_tokens)
         yield Chunk(start, end)
