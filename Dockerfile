@@ -27,6 +27,7 @@ RUN python3 -m venv /opt/tools && python3 -m venv /opt/baton \
 COPY CMakeLists.txt README.md ./
 COPY native/ native/
 COPY proto/ proto/
+COPY policies/ policies/
 COPY services/ services/
 COPY baton/ baton/
 RUN mkdir -p baton/v1 && touch baton/v1/__init__.py \

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,18 @@ from baton.cluster import ClusterSpec
 from baton.handle import SupervisorHandle
 from baton.v1 import inference_pb2 as pb
 
-PROMPT_CHARACTERS = 1600
+PROMPT_CHARACTERS = 2500
 TOKENS = 120
 KILL_AT = 40
-SAMPLING: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.7, "top_p": 0.95, "seed": 7}
+SAMPLING: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.5, "top_p": 0.95, "seed": 7}
 
 
 def prompt() -> str:
-    """The beginning of a module of the standard library, up to the head of a function."""
-    text = Path(textwrap.__file__).read_text()[1000:]
-    end = text.index("):\n", PROMPT_CHARACTERS)
-    return text[: end + 3]
+    """A piece of a module of the standard library, up to the head of a method."""
+    head = "    def get_nowait(self):\n"
+    text = Path(queue.__file__).read_text()
+    end = text.index(head) + len(head)
+    return text[max(0, end - PROMPT_CHARACTERS) : end]
 
 
 class Stream:

@@ -16,7 +16,7 @@ from services.kv.worker import ArenaHold, join
 from services.ops import config, lifecycle, log
 from services.ops.errors import LayoutMismatch
 from services.wire.link import SchedulerLink
-from services.wire.stream import StreamHeader
+from services.wire.stream import StreamHeader, bound_address
 from services.wire.worker import attached, registration
 
 _logger = log.get("decode")
@@ -33,8 +33,7 @@ class DecodeWorker:
         self._socket = self._context.socket(zmq.PULL)
         self._socket.linger = 0
         self._socket.bind(settings.announce_listen)
-        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
-        self._address = settings.announce_advertise or bound
+        self._address = bound_address(self._socket, settings.announce_advertise)
         backend = load_backend(settings.device, settings.model, hold.identity.config, hold.arena)
         self.engine = DecodeEngine(settings, hold.arena, backend, self._report)
 

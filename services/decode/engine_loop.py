@@ -22,7 +22,7 @@ from services.engine.errors import NumericsError
 from services.engine.sampling import sample
 from services.kv.arena import Arena
 from services.kv.layout import PAGE_TOKENS
-from services.ops import log
+from services.ops import lifecycle, log
 from services.ops.errors import BatonError, StaleEpoch
 from services.ops.failpoints import Failpoints
 
@@ -52,7 +52,7 @@ class DecodeEngine:
         self._rows: dict[str, int] = {}  # request -> row of `_tables`
         self.steps = 0
         self.running: dict[str, int] = {}  # request -> epoch; read by the event loop
-        self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
+        self._thread = lifecycle.engine_thread(self._run, "decode-engine")
 
     def start(self) -> None:
         self._thread.start()

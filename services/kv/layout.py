@@ -13,6 +13,7 @@ FlowKV's block-major and Mooncake's layer-major order (systems.md 2.6).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 PAGE_TOKENS = 64
 LAYOUT_VERSION = 1
 
-KV_DTYPES = {"bf16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
+KV_DTYPES: dict[str, np.dtype[Any]] = {"bf16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class KvLayout:
     @property
     def dtype(self) -> np.dtype[np.generic]:
         """The dtype a page is viewed as; bf16 has no numpy dtype and is seen as uint16."""
-        return KV_DTYPES[self.kv_dtype]
+        dtype: np.dtype[np.generic] = KV_DTYPES[self.kv_dtype]
+        return dtype
 
     @property
     def page_shape(self) -> tuple[int, int, int, int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import zmq
@@ -20,7 +21,7 @@ from services.kv.record import StreamRecord
 from services.kv_store.runtime import KvStore
 from services.ops import log
 from services.ops.errors import BatonError, LayoutMismatch, StaleEpoch
-from services.wire.stream import Kind, StreamHeader
+from services.wire.stream import Kind, StreamHeader, bound_address
 
 _logger = log.get("ingest")
 
@@ -34,9 +35,8 @@ class Ingest:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.bind(listen)
-        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
-        self.address = advertise or bound
-        self._wakes: dict[str, zmq.Socket[bytes]] = {}
+        self.address = bound_address(self._socket, advertise)
+        self._wakes: dict[str, zmq.asyncio.Socket] = {}
         self._fingerprint = bytes.fromhex(store.identity.fingerprint)
 
     async def run(self) -> None:
@@ -120,8 +120,8 @@ class Ingest:
             Kind.ANNOUNCE, slot=header.slot, attempt=header.attempt, group=header.group,
             tokens=header.tokens, fingerprint=self._fingerprint,
         )  # fmt: skip
-        task = asyncio.ensure_future(socket.send(announce.pack(), zmq.DONTWAIT))
-        task.add_done_callback(lambda done: done.exception())
+        sent: asyncio.Future[Any] = socket.send(announce.pack(), zmq.DONTWAIT)  # type: ignore[assignment]
+        sent.add_done_callback(lambda done: done.exception())
 
     def close(self) -> None:
         self._context.destroy(linger=0)

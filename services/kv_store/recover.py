@@ -76,10 +76,11 @@ def _restore_leases(state: KvState, headers: np.ndarray) -> None:  # type: ignor
             if (headers["state"][:, block] != pages.SEALED).any():
                 prefills = block in stream.prefill_table
                 pool.writers[block] = stream.prefill_writer if prefills else stream.decode_writer
-    for block in np.flatnonzero((headers["state"] == pages.QUARANTINED).any(axis=0)):
-        if int(block) not in pool.leases:
-            writer = headers["key"][0, block].tobytes().hex()
-            pool.quarantined[int(block)] = Quarantine(writer, "")
+    held_back = np.flatnonzero((headers["state"] == pages.QUARANTINED).any(axis=0))
+    for number in held_back.tolist():
+        if number not in pool.leases:
+            writer = headers["key"][0, number].tobytes().hex()
+            pool.quarantined[number] = Quarantine(writer, "")
     pool.free = set(range(pool.total)) - set(pool.leases) - set(pool.quarantined)
 
 

@@ -63,9 +63,9 @@ def load(
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         variable = f"BATON_{field.name.upper()}"
-        text = given[field.name] if given[field.name] is not None else environ.get(variable)
-        if text is not None:
-            values[field.name] = _parse(hints[field.name], field.name, text)
+        value = given[field.name] if given[field.name] is not None else environ.get(variable)
+        if value is not None:
+            values[field.name] = _parse(hints[field.name], field.name, value)
     return cls(**values)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,20 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def engine_thread(target: Callable[[], None], name: str) -> threading.Thread:
+    """A thread without which its process is of no use: when it fails, the process ends at once,
+    so that whoever waits for it is told by the kernel instead of by silence."""
+
+    def run_or_die() -> None:
+        try:
+            target()
+        except BaseException:  # noqa: BLE001 - the outermost loop of a thread
+            _logger.exception("engine failed", thread=name)
+            os._exit(70)
+
+    return threading.Thread(target=run_or_die, name=name, daemon=True)
+
+
 def announce_ready(**facts: Any) -> None:
     print("READY " + json.dumps({"pid": os.getpid(), **facts}), flush=True)
 
@@ -75,10 +90,11 @@ def run(main: Callable[[], Awaitable[None]]) -> int:
     return 0
 
 
-async def until_stopped(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
+async def until_stopped(stopping: asyncio.Event, tasks: Sequence[asyncio.Task[Any]]) -> None:
     """Waits for the stop signal; then ends `tasks`. A task that fails ends the process with it."""
     waiting = asyncio.create_task(stopping.wait())
-    done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    everything: list[asyncio.Task[Any]] = [waiting, *tasks]
+    done, _ = await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     for task in tasks:
         task.cancel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from services.kv.arena import Arena
 from services.kv.identity import RowIdentity
 from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
-from services.ops import log
+from services.ops import lifecycle, log
 from services.ops.errors import BatonError, StaleEpoch
 from services.ops.failpoints import Failpoints
 from services.prefill.config import PrefillConfig
@@ -56,7 +55,7 @@ class PrefillEngine:
         self._failpoints = Failpoints(config.failpoints, config.name)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.known: dict[str, Job] = {}
-        self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
+        self._thread = lifecycle.engine_thread(self._run, "prefill-engine")
 
     def start(self) -> None:
         self._thread.start()

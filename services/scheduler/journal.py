@@ -33,7 +33,7 @@ def read(path: Path) -> Iterator[journal_pb2.JournalRecord]:
 
 
 def frame(record: journal_pb2.JournalRecord) -> bytes:
-    body = record.SerializeToString()
+    body: bytes = record.SerializeToString()
     return _HEAD.pack(len(body), crc32c(body)) + body
 
 

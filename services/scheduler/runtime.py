@@ -16,7 +16,7 @@ from baton.v1 import cluster_pb2, control_pb2, inference_pb2
 from policies.placement import LeastLoaded
 from services.engine.identity import ModelIdentity
 from services.ops import log
-from services.ops.errors import LayoutMismatch
+from services.ops.errors import InvalidRequest, LayoutMismatch
 from services.ops.failpoints import Failpoints
 from services.scheduler import journal, validate
 from services.scheduler.config import SchedulerConfig
@@ -55,7 +55,6 @@ class Scheduler:
     def _recover(self) -> None:
         records = list(journal.read(self._journal.path))
         self.state.recover(time.monotonic(), _unix_ms(), records)
-        self.state._drain()
         self._journal.rewrite(self.state.journal())
         if self.state.requests:
             _logger.info("journal taken up", requests=len(self.state.requests))
@@ -77,7 +76,7 @@ class Scheduler:
             try:
                 prompt = validate.prompt_ids(body, self.limits, self._encode)
                 sampling = validate.resolve(body, prompt, self.limits, lambda: secrets.randbits(63))
-            except validate.InvalidRequest:
+            except InvalidRequest:
                 self.state.counts.refused += 1
                 raise
             self.failpoints.refresh()

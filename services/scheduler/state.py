@@ -14,8 +14,9 @@ from baton.v1 import cluster_pb2, control_pb2, inference_pb2, journal_pb2, store
 from policies.placement import Hold, LeastLoaded
 from policies.view import ClusterView, RequestView, WorkerView
 from services.ops.errors import Overloaded, RequestConflict, UnknownRequest
-from services.scheduler import timing
+from services.scheduler import orders, timing
 from services.scheduler.config import SchedulerConfig
+from services.scheduler.recovery import Recovery, journal
 from services.scheduler.request import (
     CallStore,
     Instruction,
@@ -48,7 +49,7 @@ class SchedulerState:
         self.counts = cluster_pb2.RequestCounts()
         self.names: dict[str, str] = {}  # worker id -> name, the dead included
         self._out: list[Instruction] = []
-        self._recover_at: float | None = None
+        self._recovery = Recovery(self)
 
     # --- requests come and go ---
 
@@ -61,34 +62,26 @@ class SchedulerState:
         if self._count(Phase.WAITING) >= self.config.waiting_max:
             self.counts.refused += 1
             raise Overloaded(f"waiting_max: {self.config.waiting_max} requests are waiting already")
-        request = self._request(now, body, prompt, sampling)
+        request = self.new_request(now, body, prompt, sampling)
         request.deadline_at = None if deadline_s is None else now + deadline_s
-        self.requests[request.request_id] = request
         self.counts.accepted += 1
-        self._out.append(
-            Write(
-                journal_pb2.JournalRecord(
-                    accepted=journal_pb2.Accepted(
-                        request_id=request.request_id, body=body, token_ids=prompt,
-                        sampling=sampling, accepted_unix_ms=unix_ms,
-                        deadline_unix_ms=int(unix_ms + deadline_s * 1e3) if deadline_s else 0,
-                    )
-                )
-            )
-        )  # fmt: skip
+        self._out.append(Write(orders.accepted(request, unix_ms, deadline_s)))
         request.tell("accepted")
         self._place_waiting(now)
         return self._drain()
 
-    def _request(
+    def new_request(
         self, now: float, body: inference_pb2.GenerateRequest, prompt: list[int],
         sampling: control_pb2.ResolvedSampling,
     ) -> Request:  # fmt: skip
+        """Adds a request, with the defaults of what its body leaves open."""
         orphan = body.orphan_ms if body.HasField("orphan_ms") else self.config.orphan_ms
         retain = body.retain_ms if body.HasField("retain_ms") else self.config.retain_ms
-        return Request(
+        request = Request(
             body, prompt, sampling, self._texts(body), now, None, orphan / 1e3, retain / 1e3
         )
+        self.requests[request.request_id] = request
+        return request
 
     def find(self, request_id: str) -> Request:
         if request_id not in self.requests:
@@ -106,7 +99,7 @@ class SchedulerState:
         request = self.find(request_id)
         if not request.done:
             request.tell(why)
-            self._end(request, now, _CANCELLED)
+            self.end(request, now, _CANCELLED)
         return self._drain()
 
     def reader_joined(self, request_id: str) -> None:
@@ -182,11 +175,11 @@ class SchedulerState:
                     del self.requests[request.request_id]
             elif request.deadline_at is not None and now >= request.deadline_at:
                 request.tell("deadline passed")
-                self._end(request, now, _CANCELLED)
+                self.end(request, now, _CANCELLED)
             elif request.orphan_at is not None and now >= request.orphan_at:
                 request.tell("no reader")
-                self._end(request, now, _CANCELLED)
-        self._recover_due(now)
+                self.end(request, now, _CANCELLED)
+        self._out.extend(self._recovery.tick(now))
         self._refresh(now)
         return self._drain()
 
@@ -211,7 +204,7 @@ class SchedulerState:
     def _refresh(self, now: float) -> None:
         for request in list(self.requests.values()):
             if request.phase is Phase.RUNNING:
-                self._ensure(request, now)
+                self.ensure(request, now)
         self._place_waiting(now)
 
     def _place_waiting(self, now: float) -> None:
@@ -231,15 +224,9 @@ class SchedulerState:
         self._epoch += 1
         return self._epoch
 
-    def _placed(
-        self, request: Request, epoch: int, attempt: int, decode: str, prefill: str
-    ) -> None:
-        placed = journal_pb2.Placed(
-            request_id=request.request_id, epoch=epoch, attempt=attempt, prefill_worker=prefill,
-            decode_worker=decode, prefill_store=request.prefill_store,
-            decode_store=request.decode_store, first_index=request.base_index,
-        )  # fmt: skip
-        self._out.append(Write(journal_pb2.JournalRecord(placed=placed)))
+    def saw_epoch(self, *epochs: int) -> None:
+        """Epochs that are in use already; later ones are greater."""
+        self._epoch = max(self._epoch, *epochs)
 
     def _open(self, request: Request, now: float) -> None:
         """Leases pages in decode's store, and in prefill's when that is another."""
@@ -249,25 +236,11 @@ class SchedulerState:
         request.prefill_done = request.decode_told = False
         request.slots, request.cached = {}, {}
         request.dispatched_at = request.dispatched_at or now
-        self._placed(
-            request, request.epoch, request.attempt, request.decode_worker, request.prefill_worker
-        )
-        together = request.prefill_store == request.decode_store
-        token_ids = request.prompt + [token for token, _ in request.tokens]
+        self._out.append(Write(orders.placed(request)))
         for store in request.stores:
-            here = store == request.decode_store
-            message = store_pb2.OpenStreamRequest(
-                request_id=request.request_id, token_ids=token_ids,
-                max_new_tokens=request.sampling.max_tokens - request.base_index if here else 0,
-                epoch=request.epoch, attempt=request.attempt,
-                prefill_writer=request.prefill_worker if together or not here else "",
-                decode_writer=request.decode_worker if here else "", tenant=request.body.tenant,
-                bypass_cache=request.fresh_kv, first_index=request.base_index,
-            )  # fmt: skip
-            self._call(request, store, "OpenStream", message)
-        request.tell(
-            f"placed on {self._name(request.prefill_worker)} and {self._name(request.decode_worker)}"
-        )
+            self._call(request, store, "OpenStream", orders.open_stream(request, store))
+        prefill, decode = self._name(request.prefill_worker), self._name(request.decode_worker)
+        request.tell(f"placed on {prefill} and {decode}")
 
     def _call(self, request: Request, store: str, method: str, message: object) -> None:
         self._out.append(CallStore(request.request_id, store, method, message))
@@ -277,45 +250,36 @@ class SchedulerState:
         request.phase = Phase.RUNNING
         request.fresh_kv = False
         request.cached_tokens = max(request.cached_tokens, min(request.cached.values()))
-        self._ensure(request, now)
+        self.ensure(request, now)
         if request.needs_decode and DECODE not in request.moving:
-            self._send_decode(request)
+            self.send_decode(request)
         if PREFILL not in request.moving:
-            self._send_prefill(request)
+            self.send_prefill(request)
 
-    def _send_decode(self, request: Request) -> None:
+    def send_decode(self, request: Request) -> None:
         request.decode_told = True
         report_from = 0 if "dedupe" in self.config.unsafe else len(request.tokens)
-        command = control_pb2.PrepareDecode(
-            request_id=request.request_id, slot=request.slots[request.decode_store],
-            epoch=request.epoch, sampling=request.sampling, report_from=report_from,
-        )  # fmt: skip
-        self._out.append(Send(request.decode_worker, control_pb2.WorkerCommand(decode=command)))
+        self._send(request.decode_worker, orders.prepare_decode(request, report_from))
 
-    def _send_prefill(self, request: Request) -> None:
+    def send_prefill(self, request: Request) -> None:
         request.prefill_stopped = False
         decode = self.workers.get(request.decode_worker)
-        command = control_pb2.ExecutePrefill(
-            request_id=request.request_id, slot=request.slots[request.prefill_store],
-            attempt=request.attempt, sampling=request.sampling,
-            announce_address=decode.worker.address if decode and request.needs_decode else "",
-        )  # fmt: skip
-        if request.prefill_store != request.decode_store:
-            command.ingest_address = self.ingest.get(request.decode_store, "")
-            command.remote_slot = request.slots[request.decode_store]
-            command.remote_tokens = request.cached[request.decode_store]
-            command.remote_attempt = request.attempt
-        self._out.append(Send(request.prefill_worker, control_pb2.WorkerCommand(prefill=command)))
+        announce = decode.worker.address if decode and request.needs_decode else ""
+        ingest = self.ingest.get(request.decode_store, "")
+        self._send(request.prefill_worker, orders.execute_prefill(request, announce, ingest))
+
+    def _send(self, worker_id: str, command: control_pb2.WorkerCommand) -> None:
+        self._out.append(Send(worker_id, command))
 
     # --- keeping a running request supplied with workers ---
 
-    def _ensure(self, request: Request, now: float) -> None:
+    def ensure(self, request: Request, now: float) -> None:
         """Starts what a running request needs: another decode, another prefill."""
         if request.phase is not Phase.RUNNING or now < request.held_until:
             return
-        if not request.prefill_done and PREFILL not in request.moving:
-            if request.prefill_worker not in self.workers:
-                self._move_prefill(request)
+        orphaned = not request.prefill_done and request.prefill_worker not in self.workers
+        if orphaned and PREFILL not in request.moving:
+            self._move_prefill(request)
         if request.needs_decode and DECODE not in request.moving:
             self._ensure_decode(request, now)
 
@@ -329,18 +293,14 @@ class SchedulerState:
         if present:
             self._interrupted(request, now, f"decode {self._name(request.decode_worker)} is silent")
         if self.config.recover == "reprefill" and request.prefill_done:
-            self._compute_again(request, now, fresh=True)
+            self.compute_again(request, now, fresh=True)
             return
         epoch = self._next_epoch()
-        self._placed(request, epoch, request.attempt, successor, request.prefill_worker)
+        moved = orders.placed(request, epoch=epoch, decode_worker=successor)
+        self._out.append(Write(moved))
         request.moving.add(DECODE)
-        self._call(
-            request, request.decode_store, "Reassign",
-            store_pb2.ReassignRequest(
-                request_id=request.request_id, role=store_pb2.WRITER_ROLE_DECODE, epoch=epoch,
-                writer=successor,
-            ),
-        )  # fmt: skip
+        message = orders.reassign(request, DECODE, epoch, successor)
+        self._call(request, request.decode_store, "Reassign", message)
 
     def _move_prefill(self, request: Request) -> None:
         able = [
@@ -352,23 +312,20 @@ class SchedulerState:
             return
         worker = min(able, key=lambda w: (w.load, w.worker_id)).worker_id
         attempt = self._next_epoch()
-        self._placed(request, request.epoch, attempt, request.decode_worker, worker)
+        self._out.append(Write(orders.placed(request, attempt=attempt, prefill_worker=worker)))
         request.moving.add(PREFILL)
         together = request.prefill_store == request.decode_store
         for store in request.stores:
-            here = store == request.prefill_store
-            message = store_pb2.ReassignRequest(
-                request_id=request.request_id, role=store_pb2.WRITER_ROLE_PREFILL, epoch=attempt,
-                writer=worker if here or together else "",
-            )  # fmt: skip
+            writer = worker if together or store == request.prefill_store else ""
+            message = orders.reassign(request, PREFILL, attempt, writer)
             self._call(request, store, "Reassign", message)
 
-    def _compute_again(self, request: Request, now: float, *, fresh: bool) -> None:
+    def compute_again(self, request: Request, now: float, *, fresh: bool) -> None:
         """The stream's KV is lost or not to be trusted: prefill computes prompt and tokens anew."""
         request.tell("KV is computed again")
         request.recomputed += len(request.prompt)
         self.counts.prompt_tokens_recomputed += len(request.prompt)
-        self._release(request, keep=False)
+        self.release(request, keep=False)
         request.fresh_kv = fresh
         request.takeovers += 1
         request.phase = Phase.WAITING
@@ -389,7 +346,7 @@ class SchedulerState:
         elif isinstance(reply, store_pb2.ReassignResponse):
             self._reassigned(request, now, call, reply)
         elif isinstance(reply, store_pb2.ReadStreamResponse):
-            self._found(request, now, reply)
+            self._recovery.found(request, now, reply)
         elif reply is None:
             self._store_failed(request, now, call, code, message)
         return self._drain()
@@ -409,33 +366,30 @@ class SchedulerState:
     ) -> None:
         asked: store_pb2.ReassignRequest = call.message
         request.slots[call.store_id] = reply.slot
-        if asked.role == store_pb2.WRITER_ROLE_PREFILL:
+        if orders.role_of(asked) == PREFILL:
             request.cached[call.store_id] = reply.committed
             if call.store_id == request.prefill_store:
                 request.moving.discard(PREFILL)
                 request.attempt, request.prefill_worker = asked.epoch, asked.writer
-                self._ensure(request, now)
+                self.ensure(request, now)
                 if PREFILL not in request.moving:
-                    self._send_prefill(request)
+                    self.send_prefill(request)
             return
         request.moving.discard(DECODE)
         request.epoch, request.decode_worker = asked.epoch, asked.writer
         request.takeovers += request.prefill_done
         self.counts.takeovers += request.prefill_done
         request.tell(f"decode {self._name(asked.writer)} takes over at step {reply.committed}")
-        self._ensure(request, now)
+        self.ensure(request, now)
         if DECODE not in request.moving and asked.writer in self.workers:
-            self._send_decode(request)
+            self.send_decode(request)
             self._move_announcements(request)
 
     def _move_announcements(self, request: Request) -> None:
         if request.prefill_done:
             return
-        move = control_pb2.MoveAnnouncements(
-            request_id=request.request_id,
-            announce_address=self.workers[request.decode_worker].worker.address,
-        )
-        self._out.append(Send(request.prefill_worker, control_pb2.WorkerCommand(move=move)))
+        announce = self.workers[request.decode_worker].worker.address
+        self._send(request.prefill_worker, orders.move_announcements(request, announce))
 
     def _store_failed(
         self, request: Request, now: float, call: CallStore, code: str, message: str
@@ -445,7 +399,7 @@ class SchedulerState:
         if call.method == "OpenStream":
             if request.phase is not Phase.OPENING:
                 return
-            self._release(request, keep=False)
+            self.release(request, keep=False)
             busy = any(
                 r.phase in (Phase.OPENING, Phase.RUNNING)
                 for r in self.requests.values()
@@ -457,14 +411,13 @@ class SchedulerState:
             request.phase = Phase.WAITING
             request.held_until = now + HOLD_RETRY_S
         elif call.method == "Reassign":
-            role = PREFILL if call.message.role == store_pb2.WRITER_ROLE_PREFILL else DECODE
-            request.moving.discard(role)
+            request.moving.discard(orders.role_of(call.message))
             if code == "NOT_FOUND":
-                self._compute_again(request, now, fresh=False)
+                self.compute_again(request, now, fresh=False)
             else:
                 request.held_until = now + HOLD_RETRY_S
         elif call.method == "ReadStream" and request.phase is Phase.RECOVERING:
-            request.phase = Phase.WAITING
+            self._recovery.lost(request, now)
             self._place_waiting(now)
 
     # --- reports of the workers ---
@@ -484,9 +437,9 @@ class SchedulerState:
         request.ready.extend(done.ready)
         request.last_layer_at = done.last_layer_at
         self._resumed(request, now)
-        self._take_token(request, now, done.first)
+        self.take_token(request, now, done.first)
         self._after_tokens(request, now, done.finish, worker_id)
-        self._ensure(request, now)
+        self.ensure(request, now)
         return self._drain()
 
     def step_reported(
@@ -504,7 +457,7 @@ class SchedulerState:
                 request.prefill_done = True
                 self._resumed(request, now)
             for token in stream.tokens:
-                self._take_token(request, now, token)
+                self.take_token(request, now, token)
                 if request.text.stopped:
                     break
             self._after_tokens(request, now, stream.finish, worker_id)
@@ -515,7 +468,7 @@ class SchedulerState:
             request.stall_s = max(request.stall_s, now - request.interrupted_at)
             request.interrupted_at = None
 
-    def _take_token(self, request: Request, now: float, token: control_pb2.Token) -> None:
+    def take_token(self, request: Request, now: float, token: control_pb2.Token) -> None:
         """Each index once: a duplicate must be equal, a gap is asked for again."""
         known = len(request.tokens)
         if token.index < known and "dedupe" not in self.config.unsafe:
@@ -525,7 +478,7 @@ class SchedulerState:
             return
         if token.index > known and "record" not in self.config.unsafe:
             request.tell(f"token {token.index} came before {known}")
-            self._send_decode(request)
+            self.send_decode(request)
             return
         if not request.tokens:
             request.first_token_at = now
@@ -546,11 +499,11 @@ class SchedulerState:
         self, request: Request, now: float, finish: inference_pb2.FinishReason, worker_id: str
     ) -> None:
         if request.text.stopped and finish == inference_pb2.FINISH_REASON_UNSPECIFIED:
-            self._end(request, now, inference_pb2.FINISH_REASON_STOP)
+            self.end(request, now, inference_pb2.FINISH_REASON_STOP)
         elif request.text.stopped:
-            self._end(request, now, inference_pb2.FINISH_REASON_STOP, finished_by=worker_id)
+            self.end(request, now, inference_pb2.FINISH_REASON_STOP, finished_by=worker_id)
         elif finish != inference_pb2.FINISH_REASON_UNSPECIFIED:
-            self._end(request, now, finish, finished_by=worker_id)
+            self.end(request, now, finish, finished_by=worker_id)
 
     def decode_started(self, worker_id: str, started: control_pb2.DecodeStarted) -> None:
         request = self.requests.get(started.request_id)
@@ -580,7 +533,7 @@ class SchedulerState:
             message = store_pb2.PublishRequest(request_id=request.request_id)
             self._call(request, store, "Publish", message)
         if request.prefill_store != request.decode_store:
-            self._release_store(request, request.prefill_store, keep=True, live=[])
+            self.release_store(request, request.prefill_store, keep=True, live=[])
             request.prefill_store = request.decode_store
 
     def _retire(self, request_id: str, worker_id: str) -> None:
@@ -611,17 +564,17 @@ class SchedulerState:
                 request.decode_worker = ""
             else:
                 request.prefill_worker = ""
-            self._ensure(request, now)
+            self.ensure(request, now)
         elif refused.code in ("DATA_LOSS", "UNAVAILABLE"):
             self._interrupted(request, now, refused.code)
-            self._compute_again(request, now, fresh=refused.code == "DATA_LOSS")
+            self.compute_again(request, now, fresh=refused.code == "DATA_LOSS")
         else:
             self._fail(request, now, refused.code, refused.message, retryable=False)
         return self._drain()
 
     # --- the end ---
 
-    def _end(
+    def end(
         self, request: Request, now: float, reason: inference_pb2.FinishReason,
         finished_by: str = "",
     ) -> None:  # fmt: skip
@@ -654,23 +607,15 @@ class SchedulerState:
         self, request: Request, now: float, event: inference_pb2.GenerateEvent, finished_by: str
     ) -> None:
         if request.phase in (Phase.OPENING, Phase.RUNNING):
-            self._release(request, keep=True, finished_by=finished_by)
+            self.release(request, keep=True, finished_by=finished_by)
         request.phase = Phase.DONE
         request.final = event
         request.orphan_at = None
         request.forget_at = now + request.retain_s
-        ended = journal_pb2.Ended(
-            request_id=request.request_id, token_ids=[t for t, _ in request.tokens],
-            logprobs=[p for _, p in request.tokens],
-        )  # fmt: skip
-        if event.HasField("finished"):
-            ended.finished.CopyFrom(event.finished)
-        else:
-            ended.failed.CopyFrom(event.failed)
-        self._out.append(Write(journal_pb2.JournalRecord(ended=ended)))
+        self._out.append(Write(orders.ended(request)))
         self._out.append(Notify(request.request_id))
 
-    def _release(self, request: Request, *, keep: bool, finished_by: str = "") -> None:
+    def release(self, request: Request, *, keep: bool, finished_by: str = "") -> None:
         """Tells the workers to stop and gives the pages back; those that a worker may still write
         to wait in quarantine until it has said so."""
         live = [] if request.prefill_stopped else [request.prefill_worker]
@@ -681,12 +626,11 @@ class SchedulerState:
             (request.decode_worker, request.epoch),
         ):
             if worker in live:
-                stop = control_pb2.StopRequest(request_id=request.request_id, epoch=epoch)
-                self._out.append(Send(worker, control_pb2.WorkerCommand(stop=stop)))
+                self._send(worker, orders.stop(request, epoch))
         for store in request.stores:
-            self._release_store(request, store, keep=keep, live=live)
+            self.release_store(request, store, keep=keep, live=live)
 
-    def _release_store(self, request: Request, store: str, *, keep: bool, live: list[str]) -> None:
+    def release_store(self, request: Request, store: str, *, keep: bool, live: list[str]) -> None:
         message = store_pb2.ReleaseRequest(
             request_id=request.request_id, keep_blocks=keep, live_writers=live
         )
@@ -697,151 +641,13 @@ class SchedulerState:
     def recover(
         self, now: float, unix_ms: int, records: Iterable[journal_pb2.JournalRecord]
     ) -> None:
-        """Takes up the journal; streams are looked for once the workers have had time to return."""
-        for record in records:
-            kind = record.WhichOneof("record")
-            if kind == "accepted":
-                self._recover_accepted(now, unix_ms, record.accepted)
-            elif kind == "placed":
-                self._epoch = max(self._epoch, record.placed.epoch, record.placed.attempt)
-                self._recover_placed(record.placed)
-            elif kind == "ended":
-                self._recover_ended(now, record.ended)
-        self._recover_at = now + self.config.recover_grace_ms / 1e3
-
-    def _recover_accepted(self, now: float, unix_ms: int, accepted: journal_pb2.Accepted) -> None:
-        request = self._request(now, accepted.body, list(accepted.token_ids), accepted.sampling)
-        if accepted.deadline_unix_ms:
-            request.deadline_at = now + (accepted.deadline_unix_ms - unix_ms) / 1e3
-        request.phase = Phase.RECOVERING
-        request.orphan_at = now + request.orphan_s
-        request.tell("taken up from the journal")
-        self.requests[request.request_id] = request
-
-    def _recover_placed(self, placed: journal_pb2.Placed) -> None:
-        request = self.requests.get(placed.request_id)
-        if request is None:
-            return
-        request.epoch, request.attempt = placed.epoch, placed.attempt
-        request.prefill_worker, request.decode_worker = placed.prefill_worker, placed.decode_worker
-        request.prefill_store, request.decode_store = placed.prefill_store, placed.decode_store
-        request.base_index = placed.first_index
-
-    def _recover_ended(self, now: float, ended: journal_pb2.Ended) -> None:
-        request = self.requests.get(ended.request_id)
-        if request is None:
-            return
-        tokens = zip(ended.token_ids, ended.logprobs, strict=True)
-        for index, (token, logprob) in enumerate(tokens):
-            self._take_token(
-                request, now, control_pb2.Token(index=index, token_id=token, logprob=logprob)
-            )
-        request.phase = Phase.DONE
-        request.orphan_at = None
-        request.forget_at = now + request.retain_s
-        request.final = inference_pb2.GenerateEvent(request_id=request.request_id)
-        if ended.HasField("finished"):
-            request.final.finished.CopyFrom(ended.finished)
-        else:
-            request.final.failed.CopyFrom(ended.failed)
-
-    def recovering(self) -> list[Request]:
-        return [r for r in self.requests.values() if r.phase is Phase.RECOVERING]
-
-    def _recover_due(self, now: float) -> None:
-        if self._recover_at is None or not self.ingest:
-            return
-        awaited = {w for r in self.recovering() for w in (r.decode_worker, r.prefill_worker) if w}
-        if now < self._recover_at and not awaited <= set(self.workers):
-            return
-        self._recover_at = None
-        keep = store_pb2.ReconcileRequest(request_ids=[r.request_id for r in self.recovering()])
-        for store in self.ingest:
-            self._out.append(CallStore("", store, "Reconcile", keep))
-        for request in self.recovering():
-            if request.decode_store and not request.base_index:
-                message = store_pb2.ReadStreamRequest(request_id=request.request_id)
-                self._call(request, request.decode_store, "ReadStream", message)
-                continue
-            if request.decode_store:  # part of its tokens died with us: all are made again
-                self._release(request, keep=True)
-            request.phase = Phase.WAITING
-
-    def _found(self, request: Request, now: float, reply: store_pb2.ReadStreamResponse) -> None:
-        """The stream's record still lies in the arena: adopt its tokens and whoever runs it."""
-        if request.phase is not Phase.RECOVERING:
-            return
-        request.phase = Phase.RUNNING
-        request.slots[request.decode_store] = reply.slot
-        request.cached = dict.fromkeys(request.stores, 0)
-        self._epoch = max(self._epoch, reply.epoch, reply.attempt)
-        request.epoch, request.attempt = reply.epoch, reply.attempt
-        request.prefill_done = bool(reply.token_ids)
-        pairs = zip(reply.token_ids, reply.logprobs, strict=True)
-        for index, (token, logprob) in enumerate(pairs):
-            self._take_token(
-                request, now, control_pb2.Token(index=index, token_id=token, logprob=logprob)
-            )
-        if request.prefill_done and request.prefill_store != request.decode_store:
-            self._release_store(request, request.prefill_store, keep=True, live=[])
-            request.prefill_store = request.decode_store
-        last = len(request.tokens) - 1
-        ends = finish_reason(request.tokens[last][0], last, request.sampling) if last >= 0 else 0
-        if request.text.stopped or ends:
-            self._end(request, now, ends or inference_pb2.FINISH_REASON_STOP)
-            return
-        self._adopt(request, now)
-
-    def _adopt(self, request: Request, now: float) -> None:
-        decode = self.workers.get(request.decode_worker)
-        if decode and decode.running.get(request.request_id) == request.epoch:
-            self._send_decode(request)  # the same epoch again: it only reports once more
-        elif decode and request.needs_decode:
-            request.decode_told = True
-            self._send_decode(request)
-        prefill = self.workers.get(request.prefill_worker)
-        if not request.prefill_done and prefill:
-            if prefill.running.get(request.request_id) == request.attempt:
-                request.prefill_stopped = False
-            else:
-                request.slots.setdefault(request.prefill_store, 0)
-                if request.prefill_store == request.decode_store:
-                    self._send_prefill(request)
-                else:
-                    self._compute_again(request, now, fresh=False)
-                    return
-        self._ensure(request, now)
+        """Takes up the journal of the scheduler before this one; writes nothing."""
+        self._recovery.replay(now, unix_ms, records)
+        self._out.clear()
 
     def journal(self) -> list[journal_pb2.JournalRecord]:
         """The shortest journal that says what is known now."""
-        records = []
-        for request in self.requests.values():
-            records.append(
-                journal_pb2.JournalRecord(
-                    accepted=journal_pb2.Accepted(
-                        request_id=request.request_id, body=request.body,
-                        token_ids=request.prompt, sampling=request.sampling,
-                    )
-                )
-            )  # fmt: skip
-            placed = journal_pb2.Placed(
-                request_id=request.request_id, epoch=request.epoch, attempt=request.attempt,
-                prefill_worker=request.prefill_worker, decode_worker=request.decode_worker,
-                prefill_store=request.prefill_store, decode_store=request.decode_store,
-                first_index=request.base_index,
-            )  # fmt: skip
-            records.append(journal_pb2.JournalRecord(placed=placed))
-            if request.final:
-                ended = journal_pb2.Ended(
-                    request_id=request.request_id, token_ids=[t for t, _ in request.tokens],
-                    logprobs=[p for _, p in request.tokens],
-                )  # fmt: skip
-                if request.final.HasField("finished"):
-                    ended.finished.CopyFrom(request.final.finished)
-                else:
-                    ended.failed.CopyFrom(request.final.failed)
-                records.append(journal_pb2.JournalRecord(ended=ended))
-        return records
+        return journal(self.requests.values())
 
     # --- looking at it ---
 
@@ -853,21 +659,10 @@ class SchedulerState:
         counts.CopyFrom(self.counts)
         counts.waiting = self._count(Phase.WAITING, Phase.RECOVERING)
         counts.running = self._count(Phase.OPENING, Phase.RUNNING)
-        workers = []
-        for info in sorted(self.workers.values(), key=lambda w: w.worker.name):
-            worker = cluster_pb2.Worker()
-            worker.CopyFrom(info.worker)
-            del worker.running_requests[:]
-            worker.running_requests.extend(
-                r.request_id
-                for r in self.requests.values()
-                if r.phase is Phase.RUNNING
-                and (
-                    info.worker_id == r.decode_worker
-                    or (info.worker_id == r.prefill_worker and not r.prefill_done)
-                )
-            )
-            workers.append(worker)
+        workers = [
+            orders.worker_view(info, self.requests.values())
+            for info in sorted(self.workers.values(), key=lambda w: str(w.worker.name))
+        ]
         return cluster_pb2.ClusterView(workers=workers, stores=stores, requests=counts)
 
     def check_invariants(self) -> None:
@@ -875,7 +670,8 @@ class SchedulerState:
             assert request.done == (request.final is not None), request.request_id
             assert request.readers >= 0
             if request.phase in (Phase.OPENING, Phase.RUNNING):
-                assert request.epoch and request.decode_store, request.request_id
+                assert request.epoch, request.request_id
+                assert request.decode_store, request.request_id
 
     def _drain(self) -> list[Instruction]:
         out, self._out = self._out, []

@@ -13,6 +13,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
+
+import zmq
 
 from services.ops.errors import LayoutMismatch
 
@@ -67,5 +70,13 @@ class StreamHeader:
             raise LayoutMismatch(f"stream header: magic {magic:#x} version {version}")
         if kind not in Kind._value2member_map_:
             raise LayoutMismatch(f"stream header: unknown kind {kind}")
-        *numbers, fingerprint, source, announce = rest
-        return cls(Kind(kind), *numbers, fingerprint, source, announce.rstrip(b"\0").decode())
+        *values, announce = rest
+        fields = [Kind(kind), *values, announce.rstrip(b"\0").decode()]
+        return cls(*fields)
+
+
+def bound_address(socket: zmq.Socket[Any], advertise: str) -> str:
+    """Where a bound socket can be reached: `advertise` if given, else the address it got."""
+    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return advertise or endpoint.rstrip(b"\0").decode()
