@@ -51,13 +51,37 @@ def write_atomically(path: Path, value: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def read_state(run_dir: str | Path) -> dict[str, Any] | None:
-    """The state of the supervisor that runs in `run_dir`; None when none does."""
+def is_alive(entry: dict[str, Any]) -> bool:
+    """Whether the very process that a state file names is still there."""
+    pid = entry["pid"]
+    return pid is not None and start_time(pid) == entry["start_time"]
+
+
+def _last_state(run_dir: str | Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads((Path(run_dir) / STATE_FILE).read_text())
     except FileNotFoundError:
         return None
-    return state if start_time(state["pid"]) == state["start_time"] else None
+    return state
+
+
+def read_state(run_dir: str | Path) -> dict[str, Any] | None:
+    """The state of the supervisor that runs in `run_dir`; None when none does."""
+    state = _last_state(run_dir)
+    return state if state is not None and is_alive(state) else None
+
+
+def end_leftovers(run_dir: str | Path, deadline_s: float = 5.0) -> None:
+    """Ends what a supervisor that was killed has left behind: two of a kind would fight over a
+    socket. The kernel has sent them SIGTERM already; after `deadline_s` they are killed."""
+    state = _last_state(run_dir)
+    assert state is None or not is_alive(state)
+    for entry in state["processes"] if state else []:
+        try:
+            wait_until(lambda entry=entry: not is_alive(entry), deadline_s, entry["name"])  # type: ignore[misc]
+        except TimeoutError:
+            os.kill(entry["pid"], signal.SIGKILL)
+            wait_until(lambda entry=entry: not is_alive(entry), deadline_s, entry["name"])  # type: ignore[misc]
 
 
 def tail(path: Path, lines: int = 12) -> str:
@@ -79,10 +103,10 @@ def wait_until(condition: Callable[[], bool], deadline_s: float, what: str) -> N
 
 def stop_supervisor(state: dict[str, Any], deadline_s: float = STOP_S_MAX) -> None:
     """Ends the cluster that `read_state` has found and waits until its supervisor is gone."""
-    pid, born = state["pid"], state["start_time"]
-    if start_time(pid) == born:
-        os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: start_time(pid) != born, deadline_s, f"end of the supervisor, pid {pid}")
+    if is_alive(state):
+        os.kill(state["pid"], signal.SIGTERM)
+    what = f"end of the supervisor, pid {state['pid']}"
+    wait_until(lambda: not is_alive(state), deadline_s, what)
 
 
 class SupervisorHandle:

@@ -27,6 +27,7 @@ from baton.handle import (
     STATE_FILE,
     StartFailed,
     SupervisorHandle,
+    end_leftovers,
     start_time,
     tail,
     write_atomically,
@@ -245,6 +246,7 @@ class Supervisor:
                     "name": child.spec.name,
                     "role": child.spec.role,
                     "pid": child.pid,
+                    "start_time": start_time(child.pid) if child.pid else None,
                     "ready": child.ready.is_set(),
                     "restarts": child.restarts,
                 }
@@ -282,6 +284,7 @@ async def supervise(
 ) -> None:
     """Runs a cluster until the first SIGTERM or SIGINT."""
     with exclusive(spec.path):
+        end_leftovers(spec.path)
         stop = lifecycle.stop_event()
         if stop_on_eof:
             _stop_on_eof(stop)

@@ -20,6 +20,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,14 @@ def docker_daemon() -> Iterator[None]:
 
 
 class Deployment:
-    """One Compose project. `cores` is what prefill gets and what all others share."""
+    """One Compose project: prefill on the first core, all others on the rest."""
 
     def __init__(self) -> None:
         plugin = succeeds("docker", "compose", "version")
         self._compose = ("docker", "compose") if plugin else ("docker-compose",)
         cpus = sorted(os.sched_getaffinity(0))
         self.separate = len(cpus) > 1
+        self.containers: dict[str, str] = {}
         self._env = {
             "COMPOSE_PROJECT_NAME": f"baton-{uuid.uuid4().hex[:8]}",
             "BATON_IMAGE": "baton:compose-test",
@@ -100,22 +102,23 @@ class Deployment:
         command = ("docker", "build", "--quiet", "--network", "none", *arguments, "-t", tag, ".")
         run(*command, env={"DOCKER_BUILDKIT": "0"})
 
-    def __enter__(self) -> Deployment:
+    def start(self) -> None:
         say("starting the containers")
         self.compose("config", "--quiet")
         self.compose("up", "-d", "--no-build")
+        self.containers = {service: self.compose("ps", "-q", service) for service in SERVICES}
+
+    def __enter__(self) -> Deployment:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
+        """Leaves no container, network or volume behind, and the logs when something went wrong."""
         if kind is not None:
             print(self.compose("logs", "--tail", "40"), file=sys.stderr)
         self.compose("down", "-v", "--timeout", "10")
 
-    def container(self, service: str) -> str:
-        return self.compose("ps", "-q", service)
-
     def inspect(self, service: str) -> Any:
-        return json.loads(run("docker", "inspect", self.container(service)))[0]
+        return json.loads(run("docker", "inspect", self.containers[service]))[0]
 
     def pid(self, service: str) -> int:
         """The process's pid on this machine."""
@@ -136,21 +139,24 @@ class Deployment:
         return f"127.0.0.1:{port}"
 
 
-def stream(client: Client, at_kill: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Streams one completion; calls `at_kill` with the request id in the middle of it."""
+def stream(client: Client, kill: Callable[[str], str] | None = None) -> dict[str, Any]:
+    """Streams one completion. In the middle of it, and without holding up the reader, calls `kill`
+    with the request id, which gives the name of what it has killed."""
     request_id, tokens, pause_s = uuid.uuid4().hex, list[int](), 0.0
-    last, final = time.monotonic(), pb.GenerateEvent()
-    for event in client.generate(PROMPT, request_id=request_id, timeout_s=120.0, **SAMPLING):
-        now = time.monotonic()
-        pause_s, last, final = max(pause_s, now - last), now, event
-        if event.HasField("token"):
-            tokens.append(event.token.token_id)
-            if at_kill and event.token.index == KILL_AT:
-                at_kill(request_id)
+    last, final, killing = time.monotonic(), pb.GenerateEvent(), None
+    with ThreadPoolExecutor(1) as executor:
+        for event in client.generate(PROMPT, request_id=request_id, timeout_s=120.0, **SAMPLING):
+            now = time.monotonic()
+            pause_s, last, final = max(pause_s, now - last), now, event
+            if event.HasField("token"):
+                tokens.append(event.token.token_id)
+                if kill and event.token.index == KILL_AT:
+                    killing = executor.submit(kill, request_id)
     usage, timing = final.finished.usage, final.finished.timing
     return {
         "finished": final.HasField("finished"),
         "tokens": tokens,
+        "killed": killing.result() if killing else "",
         "takeovers": timing.takeovers,
         "pause_ms": round(1000 * pause_s, 1),
         "recomputed_tokens": usage.recomputed_tokens,
@@ -166,16 +172,15 @@ def runs_on(client: Client, request_id: str) -> str:
 
 
 def disturbed(client: Client, reference: list[int], kill: Callable[[str], None]) -> dict[str, Any]:
-    """A stream whose decode service is killed by `kill`, compared with the undisturbed one."""
-    victims: list[str] = []
+    """A stream whose decode service `kill` ends, compared with the undisturbed one."""
 
-    def at_kill(request_id: str) -> None:
-        victims.append(runs_on(client, request_id))
-        kill(victims[0])
+    def at_kill(request_id: str) -> str:
+        victim = runs_on(client, request_id)
+        kill(victim)
+        return victim
 
     result = stream(client, at_kill)
     result["same_tokens"] = result.pop("tokens") == reference
-    result["killed"] = victims[0]
     held = result["finished"] and result["same_tokens"] and result["takeovers"] > 0
     result["ok"] = held and result["recomputed_tokens"] == 0
     return result
@@ -205,34 +210,46 @@ def restarted(deployment: Deployment, service: str, old_pid: int) -> float:
     return round(time.monotonic() - started, 1)
 
 
+def check_docker_kill(deployment: Deployment, client: Client, tokens: list[int]) -> dict[str, Any]:
+    """The container is killed; Docker leaves it down, as it was asked to."""
+    say("docker kill in the middle of a stream")
+
+    def kill(service: str) -> None:
+        run("docker", "kill", deployment.containers[service])
+
+    result = disturbed(client, tokens, kill)
+    run("docker", "start", deployment.containers[result["killed"]])
+    deployment.wait_healthy()
+    return result
+
+
+def check_process_kill(deployment: Deployment, client: Client, tokens: list[int]) -> dict[str, Any]:
+    """The container's process dies; Docker restarts the container."""
+    say("kill -9 of a container's process in the middle of a stream")
+    pids = {name: deployment.pid(name) for name in SERVICES}
+    result = disturbed(client, tokens, lambda name: os.kill(pids[name], signal.SIGKILL))
+    killed = result["killed"]
+    return {**result, "back_s": restarted(deployment, killed, pids[killed])}
+
+
 def check(deployment: Deployment) -> dict[str, Any]:
-    """The whole story on a running deployment."""
-    result: dict[str, Any] = {"healthy_s": deployment.wait_healthy()}
-    result["confinement"] = confinement(deployment)
+    """The whole story on a running deployment; every part has an `ok`."""
+    healthy_s, confined = deployment.wait_healthy(), confinement(deployment)
     with Client(deployment.address()) as client:
         say("an undisturbed stream")
-        reference = stream(client)
-        tokens = reference.pop("tokens")
-        result["undisturbed"] = {**reference, "ok": reference["finished"], "count": len(tokens)}
-
-        say("docker kill in the middle of a stream")
-        killing: Callable[[str], Any] = lambda name: run(
-            "docker", "kill", deployment.container(name)
-        )
-        result["docker_kill"] = killed = disturbed(client, tokens, killing)
-        run("docker", "start", deployment.container(killed["killed"]))
-        deployment.wait_healthy()
-
-        say("kill -9 of a container's process in the middle of a stream")
-        pids = {name: deployment.pid(name) for name in SERVICES}
-        result["process_kill"] = killed = disturbed(
-            client, tokens, lambda name: os.kill(pids[name], signal.SIGKILL)
-        )
-        killed["back_s"] = restarted(deployment, killed["killed"], pids[killed["killed"]])
-        deployment.wait_healthy()
+        undisturbed = stream(client)
+        tokens = undisturbed.pop("tokens")
+        docker_kill = check_docker_kill(deployment, client, tokens)
+        process_kill = check_process_kill(deployment, client, tokens)
         again = stream(client)
-        result["afterwards"] = {"ok": again["finished"] and again["tokens"] == tokens}
-    return result
+    return {
+        "up": {"ok": True, "healthy_s": healthy_s},
+        "confinement": confined,
+        "undisturbed": {"ok": undisturbed["finished"], "count": len(tokens), **undisturbed},
+        "docker_kill": docker_kill,
+        "process_kill": process_kill,
+        "afterwards": {"ok": again["finished"] and again["tokens"] == tokens},
+    }
 
 
 def main() -> int:
@@ -240,9 +257,9 @@ def main() -> int:
     with docker_daemon():
         deployment.build()
         with deployment:
+            deployment.start()
             result = check(deployment)
-    parts = [part for part in result.values() if isinstance(part, dict)]
-    ok = all(part["ok"] for part in parts)
+    ok = all(part["ok"] for part in result.values())
     print(json.dumps({"ok": ok, **result}))
     return 0 if ok else 1
 

@@ -27,5 +27,5 @@ image baton-build python3,python3-dev,python3-venv,g++,make
 
 for kind in run build; do
     "$PYTHON" deploy/requirements.py "$kind"
-done | "$PYTHON" -m pip download --quiet --only-binary :all: --python-version 3.11 \
+done | "$PYTHON" -m pip download -qq --only-binary :all: --python-version 3.11 \
     -c constraints.txt -d deploy/wheels -r /dev/stdin

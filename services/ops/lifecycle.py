@@ -53,7 +53,7 @@ def engine_thread(target: Callable[[], None], name: str) -> threading.Thread:
     def run_or_die() -> None:
         try:
             target()
-        except BaseException:  # noqa: BLE001 - the outermost loop of a thread
+        except BaseException:
             _logger.exception("engine failed", thread=name)
             os._exit(70)
 

@@ -426,12 +426,14 @@ class SchedulerState:
         self, now: float, worker_id: str, done: control_pb2.PrefillDone
     ) -> list[Instruction]:
         request = self.requests.get(done.request_id)
-        if request is None or request.done or done.attempt != request.attempt:
+        if request is None or done.attempt != request.attempt:
             self.counts.stale_epoch_refused += 1
             return self._drain()
-        request.prefill_done = True
         request.computed += done.computed_tokens
         self.counts.prompt_tokens_computed += done.computed_tokens
+        if request.done:
+            return self._drain()  # decode was faster to the end than this report
+        request.prefill_done = True
         self.counts.prompt_tokens_cached += request.cached_tokens
         request.kv_bytes += done.kv_bytes
         request.ready.extend(done.ready)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from baton.cluster import ClusterSpec, ProcessSpec
-from baton.handle import StartFailed, read_state, start_time
+from baton.handle import StartFailed, end_leftovers, read_state, start_time
 from baton.supervisor import BACKOFF_S_MAX, Child, RestartPolicy, Supervisor, exclusive
 from services.ops.errors import ConfigError
 
@@ -198,3 +199,24 @@ def test_a_state_file_of_a_dead_supervisor_counts_for_nothing(tmp_path: Path) ->
     assert read_state(tmp_path) is not None
     path.write_text(json.dumps({"pid": os.getpid(), "start_time": 1}))
     assert read_state(tmp_path) is None
+
+
+def test_what_a_killed_supervisor_left_behind_is_ended(tmp_path: Path) -> None:
+    """A process of the last cluster that does not go by itself is killed, and no other one is."""
+    left = subprocess.Popen([sys.executable, "-S", "-c", LIVE], stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-S", "-c", LIVE], stdout=subprocess.PIPE)
+    entries = [
+        {"name": "decode-0", "pid": left.pid, "start_time": start_time(left.pid)},
+        {"name": "decode-1", "pid": other.pid, "start_time": 1},
+        {"name": "decode-2", "pid": None, "start_time": None},
+    ]
+    state = {"pid": os.getpid(), "start_time": 1, "processes": entries}
+    (tmp_path / "supervisor.json").write_text(json.dumps(state))
+    end_leftovers(tmp_path, deadline_s=0.1)
+    assert left.wait(20) == -signal.SIGKILL
+    assert other.poll() is None
+    other.kill()
+    other.wait(20)
+    for process in (left, other):
+        assert process.stdout is not None
+        process.stdout.close()

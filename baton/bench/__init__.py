@@ -1,0 +1,18 @@
+"""`baton bench`: figures about a running Baton, with the machine they were measured on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`baton bench handoff`: the only one so far."""
+    from baton.bench import handoff
+
+    benches: dict[str, Callable[[Sequence[str]], int]] = {"handoff": handoff.main}
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] not in benches:
+        print(f"usage: baton bench {{{','.join(benches)}}} [options]", file=sys.stderr)
+        return 2
+    return benches[arguments[0]](arguments[1:])

@@ -1,0 +1,72 @@
+"""Compares what a client saw with the undisturbed run. Pure: it knows no cluster and no clock."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LENGTH = "FINISH_REASON_LENGTH"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Counts of what must not happen; verdicts add up."""
+
+    lost: int = 0  # indexes that never came
+    duplicated: int = 0  # events for an index that had come already
+    mismatched: int = 0  # events whose token is not the undisturbed run's, or that it has not got
+    disordered: int = 0  # events that came before an earlier index
+    bad_endings: int = 0  # streams without exactly one final event, or with the wrong one
+    prompt_tokens_recomputed: int = 0
+    leaked_pages: int = 0
+
+    @property
+    def clean(self) -> bool:
+        return not any(dataclasses.astuple(self))
+
+    def __add__(self, other: Verdict) -> Verdict:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Verdict(*(a + b for a, b in pairs))
+
+    def story(self) -> str:
+        """What is not zero, for people."""
+        wrong = [f"{name} {count}" for name, count in dataclasses.asdict(self).items() if count]
+        return ", ".join(wrong) or "clean"
+
+
+def judge_stream(
+    seen: Sequence[tuple[int, int]], endings: Sequence[str], expected: Sequence[int]
+) -> Verdict:
+    """`seen`: (index, token id) in order of arrival; `endings`: finish reasons or failure codes."""
+    had: set[int] = set()
+    duplicated = mismatched = disordered = 0
+    for index, token in seen:
+        duplicated += index in had
+        disordered += index not in had and index < max(had, default=-1)
+        mismatched += index >= len(expected) or expected[index] != token
+        had.add(index)
+    lost = len(set(range(len(expected))) - had)
+    return Verdict(lost, duplicated, mismatched, disordered, int(list(endings) != [LENGTH]))
+
+
+@dataclass(frozen=True)
+class PromptWork:
+    """What the scheduler says about prompt tokens, over one run."""
+
+    computed: int  # by prefill
+    recomputed: int  # its own count
+    usage_recomputed: int  # what the requests' final events say, summed
+    due: int  # tokens that prefill had to compute once: prompts without what was cached
+
+
+def recomputed(work: PromptWork) -> int:
+    """Prompt tokens computed twice, by whichever of the three accounts says most."""
+    return max(work.recomputed, work.usage_recomputed, work.computed - work.due)
+
+
+def stall_s(times: Sequence[float], crash_at: float) -> float | None:
+    """The longest pause between two tokens that ends after the crash; None when it missed the
+    stream: nothing had come before it, or nothing came after."""
+    gaps = [b - a for a, b in zip(times, times[1:], strict=False) if b > crash_at]
+    return max(gaps) if gaps and times[0] <= crash_at else None

@@ -1,0 +1,171 @@
+"""One cluster to break: its view, its failpoints, its pids, and when it has come to rest.
+
+It signals processes by the pids that the supervisor reports; it knows nothing of what a run is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from baton.client import CHANNEL_OPTIONS
+from baton.cluster import ClusterSpec
+from baton.handle import StartFailed, SupervisorHandle
+from baton.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
+
+VIEW_S = 2.0
+REST_S_MAX = 45.0
+POLL_S = 0.01
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A failpoint that was reached: by whom, and when on this machine's monotonic clock."""
+
+    process: str
+    at: float
+
+
+class Lab:
+    """A running cluster with two decodes; use as a context manager."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._failpoints = spec.path / "failpoints"
+        self._failpoints.mkdir(parents=True, exist_ok=True)
+        self.spec = dataclasses.replace(spec, failpoints=str(self._failpoints))
+        self.handle = SupervisorHandle.start(self.spec)
+        self._stopped: dict[str, int] = {}
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.revive()
+        self.handle.stop()
+
+    # --- faults ---
+
+    def arm(self, point: str, index: int | None = None) -> None:
+        """The next process that reaches `point` dies there."""
+        value: dict[str, Any] = {"point": point, "action": "kill"}
+        if index is not None:
+            value["index"] = index
+        temporary = self._failpoints / f"{point}.tmp"
+        temporary.write_text(json.dumps(value))
+        temporary.replace(self._failpoints / f"{point}@1.json")
+
+    def fired(self) -> list[Fired]:
+        """Failpoints that were reached since `disarm()`, oldest first."""
+        offset = time.time() - time.monotonic()
+        found = []
+        for path in self._failpoints.glob("*.fired-*"):
+            process = path.name.rpartition(".fired-")[2].rpartition("-")[0]
+            found.append(Fired(process, path.stat().st_ctime - offset))
+        return sorted(found, key=lambda fired: fired.at)
+
+    def disarm(self) -> None:
+        for path in self._failpoints.iterdir():
+            path.unlink(missing_ok=True)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Signals a process; one that is between two lives has died already."""
+        with contextlib.suppress(StartFailed, ProcessLookupError):
+            pid = self.handle.kill(name, number)
+            if number == signal.SIGSTOP:
+                self._stopped[name] = pid
+
+    def revive(self) -> None:
+        """Wakes whatever was stopped."""
+        for name, pid in list(self._stopped.items()):
+            del self._stopped[name]
+            with contextlib.suppress(StartFailed, ProcessLookupError):
+                if self.handle.entry(name)["pid"] == pid:
+                    os.kill(pid, signal.SIGCONT)
+
+    # --- looking at it ---
+
+    def connect(self) -> Connection:
+        """A client's connection; make it inside a running loop."""
+        return Connection(self.handle.address)
+
+    def trouble(self, view: cluster_pb2.ClusterView) -> str:
+        """Why the cluster is not at rest, or an empty string."""
+        entries = {e["name"]: e for e in self.handle.state()["processes"]}
+        if missing := [name for name, e in entries.items() if not e["ready"]]:
+            return f"{', '.join(missing)} not ready"
+        workers = {w.name: w for w in view.workers}
+        for name, entry in entries.items():
+            if entry["role"] not in ("prefill", "decode"):
+                continue
+            if name not in workers or workers[name].pid != entry["pid"]:
+                return f"{name} not attached"
+            if workers[name].state != cluster_pb2.WORKER_STATE_READY:
+                return f"{name} suspected"
+        if view.requests.running or view.requests.waiting:
+            return f"{view.requests.running + view.requests.waiting} requests not ended"
+        for store in view.stores:
+            if not store.reachable or store.pid != entries[_store_name(entries, store)]["pid"]:
+                return "a store is away"
+        if len(view.stores) != self.spec.stores:
+            return "a store is missing"
+        return f"{pages} pages in use" if (pages := pages_in_use(view)) else ""
+
+
+def _store_name(entries: dict[str, Any], store: cluster_pb2.StorePages) -> str:
+    name = Path(store.address.removeprefix("unix:")).stem
+    return name if name in entries else "kv-store-0"
+
+
+def pages_in_use(view: cluster_pb2.ClusterView) -> int:
+    """Pages that somebody still holds, prefix cache excepted; a stream record counts as one."""
+    return sum(s.pages_open + s.pages_sealed + s.pages_quarantined + s.streams for s in view.stores)
+
+
+class Connection:
+    """Stubs over one channel, without the client library: nothing is filtered here."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self.inference: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._cluster: Any = cluster_pb2_grpc.ClusterStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def view(self) -> cluster_pb2.ClusterView | None:
+        """None while the scheduler is away."""
+        try:
+            view: cluster_pb2.ClusterView = await self._cluster.GetView(
+                cluster_pb2.GetViewRequest(), timeout=VIEW_S
+            )
+        except grpc.aio.AioRpcError:
+            return None
+        return view
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+async def rest(lab: Lab, connection: Connection, deadline_s: float = REST_S_MAX) -> tuple[Any, str]:
+    """Waits until every process is back and no page is held. Gives the last view and what is still
+    wrong after the deadline, if anything."""
+    end = time.monotonic() + deadline_s
+    while True:
+        view = await connection.view()
+        trouble = lab.trouble(view) if view is not None else "no view"
+        if not trouble or time.monotonic() > end:
+            return view, trouble
+        await asyncio.sleep(POLL_S)

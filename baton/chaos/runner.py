@@ -1,0 +1,272 @@
+"""Performs one scenario on a live cluster and writes down what a client sees, event by event.
+
+Streams are read off the wire without the client library, whose own filter would hide a duplicate. Only
+when a stream itself breaks, because the scheduler died, does it ask again as that library does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+
+import grpc
+
+from baton.chaos.judge import PromptWork, stall_s
+from baton.chaos.lab import POLL_S, Connection, Lab, pages_in_use, rest
+from baton.chaos.scenario import Ask, Scenario
+from baton.v1 import cluster_pb2, inference_pb2
+
+STREAM_S_MAX = 90.0
+RETRY_S = 0.05
+_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
+PROCESS_OF = {"kv-store": "kv-store-0", "scheduler": "scheduler", "prefill": "prefill-0"}
+
+
+@dataclass
+class Stream:
+    """One request as the client sees it; times are of this machine's monotonic clock."""
+
+    ask: Ask
+    request_id: str
+    seen: list[tuple[int, int]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    endings: list[str] = field(default_factory=list)
+    finished: inference_pb2.Finished | None = None
+    story: list[str] = field(default_factory=list)
+    resumed: int = 0
+    over: bool = False
+
+    @property
+    def next_index(self) -> int:
+        return max((index for index, _ in self.seen), default=-1) + 1
+
+    def body(self) -> inference_pb2.GenerateRequest:
+        ask = self.ask
+        return inference_pb2.GenerateRequest(
+            request_id=self.request_id, token_ids=inference_pb2.TokenIds(ids=ask.token_ids),
+            sampling=inference_pb2.SamplingParams(
+                max_tokens=ask.max_tokens, temperature=ask.temperature, top_p=ask.top_p,
+                top_k=ask.top_k, seed=ask.seed, ignore_eos=True,
+            ),
+        )  # fmt: skip
+
+    def take(self, event: inference_pb2.GenerateEvent) -> None:
+        kind = event.WhichOneof("event")
+        if kind == "token":
+            self.seen.append((event.token.index, event.token.token_id))
+            self.times.append(time.monotonic())
+        elif kind == "finished":
+            self.finished = event.finished
+            self.endings.append(inference_pb2.FinishReason.Name(event.finished.reason))
+        else:
+            self.endings.append(event.failed.code)
+            self.story.extend([event.failed.message, *event.failed.story])
+
+
+@dataclass
+class Outcome:
+    """What one run gave, before it is judged."""
+
+    scenario: Scenario
+    streams: list[Stream]
+    victims: list[str] = field(default_factory=list)
+    struck_at: float | None = None
+    owners: dict[str, str] = field(default_factory=dict)  # request id -> decode, when first seen
+    work: PromptWork | None = None
+    stale_refused: int = 0
+    absorbed: int = 0
+    quarantined: int = 0  # pages, the most that was seen
+    trouble: str = ""  # why the cluster did not come to rest
+    leaked_pages: int = 0
+
+    def stalls_ms(self) -> list[float]:
+        """The pause of each stream that was running on a process that died (or: was cut off)."""
+        if self.struck_at is None:
+            return []
+        found = [stall_s(s.times, self.struck_at) for s in self.streams if self._hit(s)]
+        return [gap * 1e3 for gap in found if gap is not None]
+
+    def _hit(self, stream: Stream) -> bool:
+        if self.scenario.crash.kills_scheduler:
+            return True
+        return self.owners.get(stream.request_id) in self.victims
+
+
+class Run:
+    """One scenario in progress."""
+
+    def __init__(self, lab: Lab, connection: Connection, scenario: Scenario) -> None:
+        self._lab, self._connection, self.scenario = lab, connection, scenario
+        nonce = uuid.uuid4().hex[:8]
+        self.streams = [
+            Stream(ask, f"{scenario.label.replace('+', '.')}-{i}-{nonce}")
+            for i, ask in enumerate(scenario.requests)
+        ]
+        self.outcome = Outcome(scenario, self.streams)
+        self._placed = asyncio.Event()
+
+    async def perform(self) -> Outcome:
+        """Streams, crash, end, rest. Leaves the cluster at rest, or says why not."""
+        self._lab.disarm()
+        crash = self.scenario.crash
+        before, _ = await rest(self._lab, self._connection)
+        if crash.trigger == "failpoint":
+            self._lab.arm(crash.point, crash.index)
+        looking = asyncio.create_task(self._look())
+        helpers = [looking, asyncio.create_task(self._on_placement())]
+        try:
+            await asyncio.gather(*(self._follow(stream) for stream in self.streams))
+        finally:
+            self._lab.revive()
+            for helper in helpers:
+                helper.cancel()
+        await asyncio.gather(*helpers, return_exceptions=True)
+        self._note_failpoints()
+        after, self.outcome.trouble = await rest(self._lab, self._connection)
+        self._lab.disarm()
+        self._account(before, after)
+        return self.outcome
+
+    # --- streams ---
+
+    async def _follow(self, stream: Stream) -> None:
+        end = time.monotonic() + STREAM_S_MAX
+        while not stream.endings and (left := end - time.monotonic()) > 0:
+            call = self._open(stream, left)
+            try:
+                async for event in call:
+                    stream.take(event)
+                    if event.HasField("token"):
+                        await self._on_token(stream, event.token.index)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _BROKEN:
+                    stream.endings.append(error.code().name)
+                    stream.story.append(str(error.details()))
+                await asyncio.sleep(RETRY_S)
+        stream.over = True
+
+    def _open(self, stream: Stream, timeout: float) -> grpc.aio.UnaryStreamCall:
+        if not stream.seen:
+            return self._connection.inference.Generate(stream.body(), timeout=timeout)
+        stream.resumed += 1
+        request = inference_pb2.ResumeRequest(
+            request_id=stream.request_id, from_index=stream.next_index
+        )
+        return self._connection.inference.Resume(request, timeout=timeout)
+
+    # --- who runs what ---
+
+    async def _look(self) -> None:
+        """Keeps the owners known from before the crash until every request has one."""
+        while self.outcome.struck_at is None:
+            view = await self._connection.view()
+            if view is not None and self.outcome.struck_at is None:
+                self._read_owners(view)
+            if len(self.outcome.owners) == len(self.streams):
+                return
+            await asyncio.sleep(POLL_S)
+
+    def _read_owners(self, view: cluster_pb2.ClusterView) -> None:
+        ours = {stream.request_id for stream in self.streams}
+        for worker in view.workers:
+            if worker.role == cluster_pb2.ROLE_DECODE:
+                for request_id in ours & set(worker.running_requests):
+                    self.outcome.owners.setdefault(request_id, worker.name)
+        if self.outcome.owners:
+            self._placed.set()
+
+    def _victim(self) -> str:
+        crash, owners = self.scenario.crash, self.outcome.owners
+        if crash.victim == "prefill":
+            return PROCESS_OF["prefill"]
+        live = [s.request_id for s in self.streams if not s.over and s.request_id in owners]
+        busiest = Counter(owners[request_id] for request_id in live).most_common(1)
+        chosen = owners.get(self.streams[crash.stream].request_id)
+        if crash.victim == "owner" and chosen:
+            return chosen
+        return busiest[0][0] if busiest else "decode-0"
+
+    # --- the crash ---
+
+    async def _on_token(self, stream: Stream, index: int) -> None:
+        crash = self.scenario.crash
+        due = crash.trigger == "token" and stream is self.streams[crash.stream]
+        if due and self.outcome.struck_at is None and index >= (crash.index or 0):
+            await self._placed.wait()
+            self._strike()
+
+    async def _on_placement(self) -> None:
+        await self._placed.wait()
+        if self.scenario.crash.trigger == "placed":
+            self._strike()
+
+    def _strike(self) -> None:
+        crash = self.scenario.crash
+        if crash.then:
+            self._lab.arm(crash.then)
+        victim = self._victim()
+        names = [victim, PROCESS_OF[crash.also]] if crash.also else [victim]
+        self.outcome.struck_at = time.monotonic()
+        for name in names:
+            self._lab.signal(name, _SIGNALS[crash.signal])
+        self.outcome.victims.extend(names)
+        if crash.signal == "STOP":
+            self._reviving = asyncio.create_task(self._revive())
+
+    async def _revive(self) -> None:
+        """Wakes the paused process while its successor is in the middle of the same streams."""
+        struck = self.outcome.struck_at
+        assert struck is not None
+        mine = [
+            s for s in self.streams if self.outcome.owners.get(s.request_id) in self.outcome.victims
+        ]
+        counts = {s.request_id: len(s.seen) for s in mine}
+        while not any(s.over or len(s.seen) > counts[s.request_id] for s in mine):
+            await asyncio.sleep(POLL_S)
+            if time.monotonic() - struck < 0.2:  # what was on its way when it was stopped
+                counts = {s.request_id: len(s.seen) for s in mine}
+        view = await self._connection.view()
+        if view is not None:
+            self.outcome.quarantined = sum(s.pages_quarantined for s in view.stores)
+        self._lab.revive()
+
+    def _note_failpoints(self) -> None:
+        for fired in self._lab.fired():
+            self.outcome.victims.append(fired.process)
+            if self.outcome.struck_at is None:
+                self.outcome.struck_at = fired.at
+
+    # --- afterwards ---
+
+    def _account(
+        self, before: cluster_pb2.ClusterView | None, after: cluster_pb2.ClusterView | None
+    ) -> None:
+        """Fills in what the cluster's own counters say of this run."""
+        if before is None or after is None:
+            self.outcome.trouble = self.outcome.trouble or "no view"
+            return
+        self.outcome.leaked_pages = pages_in_use(after)
+        lived = before.scheduler_pid == after.scheduler_pid
+        base = before.requests if lived else cluster_pb2.RequestCounts()
+        now = after.requests
+        self.outcome.stale_refused = now.stale_epoch_refused - base.stale_epoch_refused
+        self.outcome.absorbed = now.duplicate_tokens_absorbed - base.duplicate_tokens_absorbed
+        usages = [s.finished.usage for s in self.streams if s.finished is not None]
+        self.outcome.work = PromptWork(
+            computed=now.prompt_tokens_computed - base.prompt_tokens_computed,
+            recomputed=now.prompt_tokens_recomputed - base.prompt_tokens_recomputed,
+            usage_recomputed=sum(usage.recomputed_tokens for usage in usages),
+            due=sum(u.prompt_tokens - u.cached_tokens for u in usages) if lived else self._late(),
+        )
+
+    def _late(self) -> int:
+        """Prompt tokens that a scheduler which came back may still have seen computed: those of the
+        requests that had given no token when its predecessor died."""
+        struck = self.outcome.struck_at or 0.0
+        late = [s for s in self.streams if not s.times or s.times[0] >= struck]
+        return sum(len(s.ask.token_ids) for s in late)

@@ -1,0 +1,134 @@
+"""One crash as plain data: the requests, the moment and the victim. Its JSON form is the recording.
+
+It knows no cluster: `plan.py` draws scenarios, `runner.py` performs them, on any machine, any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+TRIGGERS = ("token", "placed", "failpoint")
+VICTIMS = ("owner", "busiest", "prefill")
+SIGNALS = ("KILL", "STOP")
+ROLES = ("kv-store", "scheduler")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: token ids and how to continue them. End-of-text never ends it."""
+
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or self.max_tokens < 1:
+            raise ValueError("requests: a prompt and at least one new token are needed")
+
+
+@dataclass(frozen=True)
+class Crash:
+    """What dies and when.
+
+    token: the victim is signalled once the client holds token `index` of request `stream`;
+    placed: as soon as the requests have workers, while the prompts are still being computed;
+    failpoint: whoever reaches `point` (at `index`, if given) kills itself there.
+    """
+
+    trigger: str
+    stream: int = 0
+    index: int | None = None
+    point: str = ""
+    victim: str = "owner"  # of request `stream`; or the decode with most requests; or prefill
+    signal: str = "KILL"
+    also: str = ""  # the role of a process that dies in the same moment
+    then: str = ""  # a failpoint for whoever takes over, armed with the first death
+
+    def __post_init__(self) -> None:
+        known = (
+            ("trigger", self.trigger, TRIGGERS),
+            ("victim", self.victim, VICTIMS),
+            ("signal", self.signal, SIGNALS),
+            ("also", self.also, ("", *ROLES)),
+        )
+        for name, value, allowed in known:
+            if value not in allowed:
+                raise ValueError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
+        if (self.trigger == "failpoint") != bool(self.point):
+            raise ValueError("point: belongs to the trigger failpoint, and only to it")
+        if self.trigger == "token" and self.index is None:
+            raise ValueError("index: the trigger token needs one")
+
+    @property
+    def spares_the_prompt(self) -> bool:
+        """Whether prefill outlives it, so that no prompt token may be computed twice."""
+        of_prefill = self.point.startswith(("prefill.", "handoff.")) or self.victim == "prefill"
+        return not of_prefill
+
+    @property
+    def kills_scheduler(self) -> bool:
+        """Whether the client's streams themselves break."""
+        points = (self.point, self.then)
+        return self.also == "scheduler" or any(p.startswith("scheduler.") for p in points)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Everything one run needs. `seed` and `run` say where it came from."""
+
+    name: str
+    seed: int
+    run: int
+    requests: tuple[Ask, ...]
+    crash: Crash
+    unsafe: tuple[str, ...] = ()
+    recover: str = "takeover"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crash.stream < len(self.requests):
+            raise ValueError(f"stream: there is no request {self.crash.stream}")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-{self.seed}-{self.run}"
+
+    def to_json(self) -> str:
+        """One line per request, so that a recording can be read and compared."""
+        value = dataclasses.asdict(self)
+        requests = ",\n  ".join(json.dumps(r, separators=(",", ":")) for r in value.pop("requests"))
+        head = json.dumps({"format": FORMAT, **value}, indent=1)
+        return f'{head[:-2]},\n "requests": [\n  {requests}\n ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Scenario:
+        """Raises ValueError, naming what does not fit."""
+        value: dict[str, Any] = json.loads(text)
+        if value.pop("format", None) != FORMAT:
+            raise ValueError(f"format: this reads recordings of format {FORMAT}")
+        try:
+            asks = tuple(
+                Ask(**{**ask, "token_ids": tuple(ask["token_ids"])}) for ask in value["requests"]
+            )
+            more = {"requests": asks, "crash": Crash(**value["crash"])}
+            return cls(**{**value, **more, "unsafe": tuple(value["unsafe"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"recording: {error}") from None
+
+    def write(self, directory: Path) -> Path:
+        """Records itself; gives the file."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{self.label}.json"
+        path.write_text(self.to_json())
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Scenario:
+        return cls.from_json(path.read_text())
