@@ -5,6 +5,7 @@ Processes are known by pid and start time together, and are only ever signalled 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import select
@@ -57,6 +58,10 @@ def is_alive(entry: dict[str, Any]) -> bool:
     return pid is not None and start_time(pid) == entry["start_time"]
 
 
+def _is_gone(entry: dict[str, Any]) -> bool:
+    return not is_alive(entry)
+
+
 def _last_state(run_dir: str | Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads((Path(run_dir) / STATE_FILE).read_text())
@@ -77,11 +82,12 @@ def end_leftovers(run_dir: str | Path, deadline_s: float = 5.0) -> None:
     state = _last_state(run_dir)
     assert state is None or not is_alive(state)
     for entry in state["processes"] if state else []:
+        gone = functools.partial(_is_gone, entry)
         try:
-            wait_until(lambda entry=entry: not is_alive(entry), deadline_s, entry["name"])  # type: ignore[misc]
+            wait_until(gone, deadline_s, entry["name"])
         except TimeoutError:
             os.kill(entry["pid"], signal.SIGKILL)
-            wait_until(lambda entry=entry: not is_alive(entry), deadline_s, entry["name"])  # type: ignore[misc]
+            wait_until(gone, deadline_s, entry["name"])
 
 
 def tail(path: Path, lines: int = 12) -> str:
@@ -106,7 +112,7 @@ def stop_supervisor(state: dict[str, Any], deadline_s: float = STOP_S_MAX) -> No
     if is_alive(state):
         os.kill(state["pid"], signal.SIGTERM)
     what = f"end of the supervisor, pid {state['pid']}"
-    wait_until(lambda: not is_alive(state), deadline_s, what)
+    wait_until(functools.partial(_is_gone, state), deadline_s, what)
 
 
 class SupervisorHandle:

@@ -81,10 +81,17 @@ class Arena {
   Arena(const py::buffer& buffer, const Geometry& g)
       : info_(writable(buffer)), pages_(static_cast<unsigned char*>(info_.ptr), g) {
     const size_t bytes = size_t(info_.size) * info_.itemsize;
+    if (g.layers < 1 || g.layers_per_group < 1 || g.kv_heads < 1 || g.head_dim < 1 ||
+        g.element_bytes < 1)
+      throw py::value_error("arena: layers, heads and sizes must be positive");
+    const size_t rows = size_t(g.layers_per_group) * 2 * g.kv_heads * g.head_bytes();
+    if (g.page_bytes < rows)
+      throw py::value_error("arena: page_bytes does not hold a layer group's rows");
     if (g.header_offset % 64 || g.pages_offset % 64 || g.page_bytes % 64)
       throw py::value_error("arena: headers and pages lie on cache lines");
-    if (g.header_offset + g.page_count * sizeof(PageHeader) > g.pages_offset ||
-        g.pages_offset + g.page_count * g.page_bytes > bytes)
+    if (g.pages_offset > bytes || g.header_offset > g.pages_offset ||
+        g.page_count > (g.pages_offset - g.header_offset) / sizeof(PageHeader) ||
+        g.page_count > (bytes - g.pages_offset) / g.page_bytes)
       throw py::value_error("arena: the buffer is too small for its pages");
   }
   const Pages& pages() const { return pages_; }

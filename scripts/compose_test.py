@@ -11,6 +11,7 @@ ends only that one. The last line is one JSON object; the exit status is 0 when 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -131,7 +132,8 @@ class Deployment:
         """Waits for all services; gives the seconds that took."""
         started = time.monotonic()
         for service in SERVICES:
-            wait_until(lambda name=service: self.healthy(name), HEALTHY_S_MAX, f"health: {service}")
+            healthy = functools.partial(self.healthy, service)
+            wait_until(healthy, HEALTHY_S_MAX, f"health of {service}")
         return round(time.monotonic() - started, 1)
 
     def address(self) -> str:

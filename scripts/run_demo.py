@@ -47,7 +47,7 @@ class Stream:
 
     @property
     def finished(self) -> bool:
-        return self.final.HasField("finished")
+        return bool(self.final.HasField("finished"))
 
     def follow(self, client: Client, request_id: str, kill: bool) -> None:
         """Prints the text as it comes; at token KILL_AT kills the process that makes it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,5 +69,5 @@ def recomputed(work: PromptWork) -> int:
 def stall_s(times: Sequence[float], crash_at: float) -> float | None:
     """The longest pause between two tokens that ends after the crash; None when it missed the
     stream: nothing had come before it, or nothing came after."""
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False) if b > crash_at]
+    gaps = [b - a for a, b in itertools.pairwise(times) if b > crash_at]
     return max(gaps) if gaps and times[0] <= crash_at else None

@@ -91,7 +91,7 @@ def _at_point(point: str) -> Callable[[Random, Corpus], Plan]:
 
     def plan(rng: Random, corpus: Corpus) -> Plan:
         asks = _mixed(rng, corpus)
-        return asks, Crash("failpoint", index=rng.randint(2, NEW_MIN - 1), point=point)
+        return asks, Crash("failpoint", index=rng.randint(5, NEW_MIN - 1), point=point)
 
     return plan
 

@@ -11,7 +11,9 @@ import signal
 import time
 import uuid
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -22,9 +24,9 @@ from baton.v1 import cluster_pb2, inference_pb2
 
 STREAM_S_MAX = 90.0
 RETRY_S = 0.05
+ON_ITS_WAY_S = 0.2
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
-PROCESS_OF = {"kv-store": "kv-store-0", "scheduler": "scheduler", "prefill": "prefill-0"}
 
 
 @dataclass
@@ -84,14 +86,31 @@ class Outcome:
     trouble: str = ""  # why the cluster did not come to rest
     leaked_pages: int = 0
 
+    @property
+    def reached(self) -> bool:
+        """Whether everything that was to die has died."""
+        crash = self.scenario.crash
+        return len(self.victims) >= 1 + bool(crash.also or crash.then)
+
+    def streams_hit(self) -> int:
+        """Streams that were going on where the crash struck; of prefill: those without a token."""
+        struck = self.struck_at
+        if struck is None:
+            return 0
+        if self.scenario.crash.spares_the_prompt:
+            going_on = [s for s in self.streams if not s.times or s.times[-1] > struck]
+            return sum(self.hit(stream) for stream in going_on)
+        return sum(not s.times or s.times[0] > struck for s in self.streams)
+
     def stalls_ms(self) -> list[float]:
         """The pause of each stream that was running on a process that died (or: was cut off)."""
         if self.struck_at is None:
             return []
-        found = [stall_s(s.times, self.struck_at) for s in self.streams if self._hit(s)]
+        found = [stall_s(s.times, self.struck_at) for s in self.streams if self.hit(s)]
         return [gap * 1e3 for gap in found if gap is not None]
 
-    def _hit(self, stream: Stream) -> bool:
+    def hit(self, stream: Stream) -> bool:
+        """Whether what ran this stream has died."""
         if self.scenario.crash.kills_scheduler:
             return True
         return self.owners.get(stream.request_id) in self.victims
@@ -109,6 +128,7 @@ class Run:
         ]
         self.outcome = Outcome(scenario, self.streams)
         self._placed = asyncio.Event()
+        self._helpers: list[asyncio.Task[None]] = []
 
     async def perform(self) -> Outcome:
         """Streams, crash, end, rest. Leaves the cluster at rest, or says why not."""
@@ -117,20 +137,23 @@ class Run:
         before, _ = await rest(self._lab, self._connection)
         if crash.trigger == "failpoint":
             self._lab.arm(crash.point, crash.index)
-        looking = asyncio.create_task(self._look())
-        helpers = [looking, asyncio.create_task(self._on_placement())]
+        self._help(self._look())
+        self._help(self._on_placement())
         try:
             await asyncio.gather(*(self._follow(stream) for stream in self.streams))
         finally:
             self._lab.revive()
-            for helper in helpers:
+            for helper in self._helpers:
                 helper.cancel()
-        await asyncio.gather(*helpers, return_exceptions=True)
+        await asyncio.gather(*self._helpers, return_exceptions=True)
         self._note_failpoints()
         after, self.outcome.trouble = await rest(self._lab, self._connection)
         self._lab.disarm()
         self._account(before, after)
         return self.outcome
+
+    def _help(self, work: Coroutine[Any, Any, None]) -> None:
+        self._helpers.append(asyncio.create_task(work))
 
     # --- streams ---
 
@@ -183,7 +206,7 @@ class Run:
     def _victim(self) -> str:
         crash, owners = self.scenario.crash, self.outcome.owners
         if crash.victim == "prefill":
-            return PROCESS_OF["prefill"]
+            return self._lab.process_of("prefill")
         live = [s.request_id for s in self.streams if not s.over and s.request_id in owners]
         busiest = Counter(owners[request_id] for request_id in live).most_common(1)
         chosen = owners.get(self.streams[crash.stream].request_id)
@@ -210,13 +233,13 @@ class Run:
         if crash.then:
             self._lab.arm(crash.then)
         victim = self._victim()
-        names = [victim, PROCESS_OF[crash.also]] if crash.also else [victim]
+        names = [victim, self._lab.process_of(crash.also)] if crash.also else [victim]
         self.outcome.struck_at = time.monotonic()
         for name in names:
             self._lab.signal(name, _SIGNALS[crash.signal])
         self.outcome.victims.extend(names)
         if crash.signal == "STOP":
-            self._reviving = asyncio.create_task(self._revive())
+            self._help(self._revive())
 
     async def _revive(self) -> None:
         """Wakes the paused process while its successor is in the middle of the same streams."""

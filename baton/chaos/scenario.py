@@ -74,6 +74,11 @@ class Crash:
         return not of_prefill
 
     @property
+    def only_a_decode(self) -> bool:
+        """Whether one decode dies, another lives, and so do all others."""
+        return self.spares_the_prompt and self.signal == "KILL" and not (self.also or self.then)
+
+    @property
     def kills_scheduler(self) -> bool:
         """Whether the client's streams themselves break."""
         points = (self.point, self.then)

@@ -131,12 +131,12 @@ def create_arena(directory: Path, plan: ArenaPlan) -> Arena:
     text = json.dumps({**asdict(plan)}).encode()
     os.pwrite(fd, MAGIC + struct.pack("<I", len(text)) + text, 0)
     os.close(fd)
-    unfinished.rename(path)
-    arena = Arena(directory)
+    arena = Arena(directory, unfinished.name)
     arena.headers["magic"] = PAGE_MAGIC
     arena.headers["version"] = 1
     arena.headers["group"] = np.repeat(np.arange(plan.layout.groups), plan.blocks)
     arena.headers["block"] = np.tile(np.arange(plan.blocks), plan.layout.groups)
+    unfinished.rename(path)
     return arena
 
 
@@ -157,10 +157,10 @@ def read_plan(path: Path) -> ArenaPlan:
 class Arena:
     """A mapping of one arena. Any number of processes hold one; each page has one writer at a time."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "arena") -> None:
         self.directory = directory
-        self.plan = read_plan(directory / "arena")
-        with (directory / "arena").open("r+b") as file:
+        self.plan = read_plan(directory / name)
+        with (directory / name).open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), self.plan.total_bytes)
         plan, layout = self.plan, self.plan.layout
         self.headers: NDArray[np.void] = np.ndarray(

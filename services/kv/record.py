@@ -32,36 +32,49 @@ _FIXED = np.dtype(
         ("prompt_tokens", "<u4"),
         ("max_new", "<u4"),
         ("first_index", "<u4"),
-        ("cached_tokens", "<u4"),
-        ("tail_rows", "<u4"),
-        ("tail_source", "<u4"),
-        ("blocks", "<u4"),
-        ("pad1", "V36"),
+        ("pad1", "V52"),
         ("request_id", "S128"),
         ("tenant", "S64"),
-        ("prefill_writer", "S40"),
-        ("decode_writer", "S40"),
         ("root", "V16"),
-        ("pad2", "V32"),
+        ("pad2", "V112"),
     ]
 )
 assert _FIXED.itemsize == 512
-_COMMIT, _FIRST, _ATTACHED = range(3)
-ACTIVE = 1
+_COMMIT, _FIRST, _ATTACHED, _PLAN = range(4)
+FREE, ACTIVE, RESTING = range(3)  # resting: closed, but a fenced writer may still be there
 NO_BLOCK = 0xFFFFFFFF
+
+
+def plan_dtype(max_context: int) -> np.dtype[np.void]:
+    """Who works on the stream and in which blocks; two copies, of which a word names the valid one.
+
+    table_epoch: the decode epoch that these tables were made for.
+    tail_source: the block whose first `tail_rows` rows that epoch has to copy, or NO_BLOCK.
+    """
+    blocks = blocks_for(max_context)
+    return np.dtype(
+        [
+            ("prefill_writer", "S40"),
+            ("decode_writer", "S40"),
+            ("table_epoch", "<u4"),
+            ("cached_tokens", "<u4"),
+            ("tail_rows", "<u4"),
+            ("tail_source", "<u4"),
+            ("prefill_table", "<u4", (blocks,)),
+            ("decode_table", "<u4", (blocks,)),
+        ]
+    )
 
 
 def record_dtype(layout: KvLayout, max_context: int) -> np.dtype[np.void]:
     """One record, padded to whole cache lines."""
-    blocks = blocks_for(max_context)
     fields = np.dtype(
         [
             ("fixed", _FIXED),
             ("ready", "<u8", (layout.groups,)),
             ("tokens", "<i4", (max_context + 1,)),
             ("logprobs", "<f4", (max_context + 1,)),
-            ("prefill_table", "<u4", (blocks,)),
-            ("decode_table", "<u4", (blocks,)),
+            ("plans", plan_dtype(max_context), (2,)),
         ]
     )
     padding = -fields.itemsize % 64
@@ -108,11 +121,32 @@ class StreamRecord:
 
     # --- plain fields, written by the store before anyone is told of the slot ---
 
+    def plan(self) -> NDArray[np.void]:
+        """The valid plan, as `plan_dtype`; a view that a later `write_plan` but one overwrites."""
+        plan: NDArray[np.void] = self._view["plans"][self._words.load(_PLAN) & 1, ...]
+        return plan
+
+    def write_plan(self, **fields: object) -> None:
+        """Replaces the plan in one step: whoever reads, even after a crash, sees the old one or the
+        new one. Tables may be shorter than the room for them."""
+        following = (self._words.load(_PLAN) + 1) & 1
+        plan = self._view["plans"][following, ...]
+        for name, value in fields.items():
+            if isinstance(value, list):
+                plan[name][: len(value)] = value
+            else:
+                plan[name] = value
+        self._words.store(_PLAN, following)
+
+    def _field(self, field: str) -> NDArray[np.void]:
+        holder = self.fixed if field in (_FIXED.names or ()) else self.plan()
+        return holder[field]  # type: ignore[no-any-return]
+
     def number(self, field: str) -> int:
-        return int(self.fixed[field])
+        return int(self._field(field))
 
     def text(self, field: str) -> str:
-        return bytes(self.fixed[field]).rstrip(b"\0").decode()
+        return bytes(self._field(field)).rstrip(b"\0").decode()
 
     @property
     def root(self) -> bytes:
@@ -128,11 +162,11 @@ class StreamRecord:
 
     @property
     def prefill_table(self) -> NDArray[np.uint32]:
-        return self._view["prefill_table"]  # type: ignore[no-any-return]
+        return self.plan()["prefill_table"]  # type: ignore[no-any-return]
 
     @property
     def decode_table(self) -> NDArray[np.uint32]:
-        return self._view["decode_table"]  # type: ignore[no-any-return]
+        return self.plan()["decode_table"]  # type: ignore[no-any-return]
 
     # --- decode's progress ---
 
@@ -159,7 +193,10 @@ class StreamRecord:
         return int(self._words.load(_ATTACHED))
 
     def set_attached(self, epoch: int) -> None:
-        self._words.store(_ATTACHED, epoch)
+        """Only upwards: an old epoch that wakes up late does not hide a newer one."""
+        while (seen := self._words.load(_ATTACHED)) < epoch:
+            if self._words.cas(_ATTACHED, seen, epoch)[0]:
+                return
 
     # --- prefill's progress ---
 
@@ -227,9 +264,12 @@ class StreamRecord:
         self.fixed["state"] = ACTIVE
 
     def close(self) -> None:
-        """Frees the slot. The epoch word is set past every writer's, so that a late one is fenced."""
+        """Fences everybody: the words are set past every writer's epoch. `set_state` follows."""
         self._words.store(_COMMIT, pack(0xFFFFFFFF, 0))
         self._words.store(_FIRST, pack(0xFFFFFFFF, 0))
         for group in range(self.arena.layout.groups):
             self._ready.store(group, pack(0xFFFFFFFF, 0))
-        self.fixed["state"] = 0
+
+    def set_state(self, state: int) -> None:
+        """FREE, ACTIVE or RESTING: what a kv-store that starts anew makes of this slot."""
+        self.fixed["state"] = state

@@ -34,10 +34,23 @@ class Ingest:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
-        self._socket.bind(listen)
+        self._bind(listen)
         self.address = bound_address(self._socket, advertise)
         self._wakes: dict[str, zmq.asyncio.Socket] = {}
         self._fingerprint = bytes.fromhex(store.identity.fingerprint)
+
+    def _bind(self, listen: str) -> None:
+        """Binds, if `listen` leaves the port open to the one that the store before this one had:
+        senders then find their way back by themselves and send again what was not acknowledged."""
+        remembered = self._store.arena.directory / "ingest"
+        if listen.endswith(":*") and remembered.exists():
+            try:
+                self._socket.bind(remembered.read_text())
+                return
+            except zmq.ZMQError as error:
+                _logger.warning("ingest port taken", reason=str(error))
+        self._socket.bind(listen)
+        remembered.write_text(bound_address(self._socket, ""))
 
     async def run(self) -> None:
         """Takes messages until cancelled."""

@@ -1,7 +1,9 @@
 """Rebuilds the kv-store's state from what lies in the arena, after the store itself has died.
 
 Memory is not trusted, only headers and records: an active record is a stream, a sealed group of pages
-is a cached block, a page in quarantine stays there until its writer is gone.
+is a cached block, a page in quarantine stays there until its writer is gone. The store may have died
+between any two writes: tables are replaced in one step, before the headers, so what a header says of
+a block counts only where no table holds it.
 """
 
 from __future__ import annotations
@@ -9,94 +11,119 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.kv import arena as pages
 from services.kv.arena import Arena
 from services.kv.identity import block_keys
 from services.kv.layout import PAGE_TOKENS, blocks_for
-from services.kv.record import ACTIVE, NO_BLOCK, StreamRecord
+from services.kv.record import ACTIVE, NO_BLOCK, RESTING, StreamRecord
 from services.kv_store.index import PrefixIndex
 from services.kv_store.pool import BlockPool, Quarantine
 from services.kv_store.state import KvState, Stream
 
-RESTING = 2  # a record slot whose writers may still be there
+Headers = NDArray[np.void]  # [group, block]
 
 
 def rebuild(arena: Arena) -> KvState:
     """The state that the arena's headers and records describe."""
-    blocks = arena.plan.blocks
-    pool = BlockPool(blocks)
+    pool = BlockPool(arena.plan.blocks)
     state = KvState(pool, PrefixIndex(), arena.plan.streams)
-    headers = arena.headers.reshape(arena.layout.groups, blocks)
+    headers: Headers = arena.headers.reshape(arena.layout.groups, arena.plan.blocks)
     for slot in range(arena.plan.streams):
         record = StreamRecord(arena, slot)
         if record.number("state") == ACTIVE:
             stream = _stream(record, headers)
             state.streams[stream.request_id] = stream
         elif record.number("state") == RESTING:
+            request_id = record.text("request_id")
             writers = {record.text("prefill_writer"), record.text("decode_writer")}
-            state.resting_slots[slot] = writers - {""}
+            state.resting_slots[slot] = {(request_id, writer) for writer in writers - {""}}
     _restore_leases(state, headers)
-    _restore_index(state, headers)
+    _restore_quarantine(arena, state, headers)
+    pool.free = set(range(pool.total)) - set(pool.leases) - set(pool.quarantined)
+    _restore_index(arena, state, headers)
     state.check_invariants()
     return state
 
 
-def _stream(record: StreamRecord, headers: np.ndarray) -> Stream:  # type: ignore[type-arg]
+def _stream(record: StreamRecord, headers: Headers) -> Stream:
+    plan = record.plan()
     prompt, max_new = record.number("prompt_tokens"), record.number("max_new")
-    prefill_blocks = blocks_for(prompt)
     decode_blocks = blocks_for(prompt + max_new - 1) if max_new else prompt // PAGE_TOKENS
-    tail_source = record.number("tail_source")
+    tail_source = int(plan["tail_source"])
     stream = Stream(
         record.text("request_id"), record.slot, prompt, max_new,
         epoch=record.commit()[0], attempt=record.first()[0],
         prefill_writer=record.text("prefill_writer"), decode_writer=record.text("decode_writer"),
         keys=block_keys(record.root, record.tokens[:prompt]),
-        prefill_table=[int(b) for b in record.prefill_table[:prefill_blocks]],
-        decode_table=[int(b) for b in record.decode_table[:decode_blocks]],
-        cached_blocks=record.number("cached_tokens") // PAGE_TOKENS,
+        prefill_table=plan["prefill_table"][: blocks_for(prompt)].tolist(),
+        decode_table=plan["decode_table"][:decode_blocks].tolist(),
+        cached_blocks=int(plan["cached_tokens"]) // PAGE_TOKENS,
         tail_source=None if tail_source == NO_BLOCK else tail_source,
-        tail_rows=record.number("tail_rows"),
+        tail_rows=int(plan["tail_rows"]), table_epoch=int(plan["table_epoch"]),
     )  # fmt: skip
-    mine = np.flatnonzero(
-        (headers["owner"][0] == record.slot + 1) & (headers["state"][0] == pages.OPEN)
-    )
     known = set(stream.blocks())
-    stream.held = [int(b) for b in mine if int(b) not in known]
-    if stream.tail_source is not None and stream.tail_source not in known:
-        stream.held = [b for b in stream.held if b != stream.tail_source] + [stream.tail_source]
+    mine = (headers["owner"][0] == record.slot + 1) & (headers["state"][0] == pages.OPEN)
+    stream.held = [block for block in np.flatnonzero(mine).tolist() if block not in known]
     return stream
 
 
-def _restore_leases(state: KvState, headers: np.ndarray) -> None:  # type: ignore[type-arg]
+def _restore_leases(state: KvState, headers: Headers) -> None:
     pool = state.pool
     pool.leases = dict(Counter(b for s in state.streams.values() for b in s.blocks()))
     for stream in state.streams.values():
         for block in stream.blocks():
-            if (headers["state"][:, block] != pages.SEALED).any():
+            if (headers["state"][:, block] == pages.OPEN).all():
+                pool.writers[block] = _writer(headers, block)
+            elif (headers["state"][:, block] != pages.SEALED).any():
                 prefills = block in stream.prefill_table
                 pool.writers[block] = stream.prefill_writer if prefills else stream.decode_writer
-    held_back = np.flatnonzero((headers["state"] == pages.QUARANTINED).any(axis=0))
-    for number in held_back.tolist():
-        if number not in pool.leases:
-            writer = headers["key"][0, number].tobytes().hex()
-            pool.quarantined[number] = Quarantine(writer, "")
-    pool.free = set(range(pool.total)) - set(pool.leases) - set(pool.quarantined)
+            stream.fenced.add(pool.writers.get(block, ""))
+        stream.fenced -= {"", stream.prefill_writer, stream.decode_writer}
 
 
-def _restore_index(state: KvState, headers: np.ndarray) -> None:  # type: ignore[type-arg]
-    """A block is cached when all its pages are sealed under one key with intact checksums."""
+def _writer(headers: Headers, block: int) -> str:
+    key = headers["key"][0, block].tobytes()
+    return key.hex() if any(key) else ""
+
+
+def _restore_quarantine(arena: Arena, state: KvState, headers: Headers) -> None:
+    held_back = (headers["state"] == pages.QUARANTINED).any(axis=0)
+    for block in np.flatnonzero(held_back).tolist():
+        if block in state.pool.leases:
+            continue
+        group = int(np.flatnonzero(headers["state"][:, block] == pages.QUARANTINED)[0])
+        writer = headers["key"][group, block].tobytes().hex()
+        owner = int(headers["owner"][group, block]) - 1
+        request_id = StreamRecord(arena, owner).text("request_id") if owner >= 0 else ""
+        state.pool.quarantined[block] = Quarantine(writer, request_id)
+
+
+def _restore_index(arena: Arena, state: KvState, headers: Headers) -> None:
+    """A block is cached when all its pages are sealed under one key with an intact checksum, and no
+    stream is still at work on it: those are published by their streams."""
     pool = state.pool
+    working = {b for s in state.streams.values() for b in s.blocks()} - {
+        b for s in state.streams.values() for b in s.prefill_table[: s.cached_blocks]
+    }
     sealed = (headers["state"] == pages.SEALED).all(axis=0)
     same = (headers["key"] == headers["key"][0]).all(axis=0)
     whole = (headers["tokens"] == PAGE_TOKENS).all(axis=0)
     candidates = np.flatnonzero(sealed & same & whole)
-    for block in candidates[np.argsort(headers["stamp"][0, candidates], kind="stable")]:
-        number = int(block)
-        if number in pool.quarantined:
+    oldest_first = candidates[np.argsort(headers["stamp"][0, candidates], kind="stable")]
+    for block in oldest_first.tolist():
+        if block in pool.quarantined or block in working or not _intact(arena, headers, block):
             continue
-        if not state.index.add(headers["key"][0, block].tobytes(), number):
-            continue
-        pool.free.discard(number)
-        pool.leases[number] = pool.leases.get(number, 0) + 1
-        pool.writers.pop(number, None)
+        if state.index.add(headers["key"][0, block].tobytes(), block):
+            pool.free.discard(block)
+            pool.leases[block] = pool.leases.get(block, 0) + 1
+            pool.writers.pop(block, None)
+
+
+def _intact(arena: Arena, headers: Headers, block: int) -> bool:
+    return all(
+        arena.native.seal_checksum(arena.page_id(block, group), PAGE_TOKENS)
+        == headers["checksum"][group, block]
+        for group in range(arena.layout.groups)
+    )

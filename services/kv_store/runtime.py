@@ -19,11 +19,11 @@ from services.kv import locks
 from services.kv.arena import Arena, create_arena, plan_arena
 from services.kv.identity import block_keys, root_key
 from services.kv.layout import PAGE_TOKENS
-from services.kv.record import NO_BLOCK, StreamRecord, record_dtype
+from services.kv.record import FREE, NO_BLOCK, RESTING, StreamRecord, record_dtype
 from services.kv_store.config import KvStoreConfig
 from services.kv_store.index import PrefixIndex
 from services.kv_store.pool import BlockPool
-from services.kv_store.recover import RESTING, rebuild
+from services.kv_store.recover import rebuild
 from services.kv_store.state import KvState, Stream
 from services.ops import log
 from services.ops.errors import ConfigError, InvalidRequest
@@ -103,11 +103,14 @@ class KvStore:
         record = StreamRecord(self.arena, stream.slot)
         record.tokens[:prompt] = tokens
         fixed = record.fixed
+        fixed["request_id"] = stream.request_id.encode()
+        fixed["prompt_tokens"] = prompt
+        fixed["max_new"] = stream.max_new
         fixed["root"] = np.void(root)
         fixed["first_index"] = request.first_index
         fixed["tenant"] = request.tenant.encode()
         fixed["generation"] = int(fixed["generation"]) + 1 & 0xFFFFFFFF
-        self._write_record(stream, record)
+        self._write_plan(stream, record)
         record.open(stream.epoch, stream.attempt, stream.cached_blocks * PAGE_TOKENS)
         return store_pb2.OpenStreamResponse(
             slot=stream.slot, cached_tokens=stream.cached_blocks * PAGE_TOKENS
@@ -121,24 +124,29 @@ class KvStore:
         self.state.check_epoch(stream, request.epoch, prefill=prefill)
         record = StreamRecord(self.arena, stream.slot)
         old_writer = stream.prefill_writer if prefill else stream.decode_writer
-        if prefill:
-            committed, lost = self._reassign_prefill(stream, record, request)
-        else:
-            attached = record.attached_epoch() == stream.epoch
-            committed = (
-                record.commit()[1] if "fence" in self.config.unsafe else record.fence(request.epoch)
-            )
-            self.failpoints.hit("store.fenced")
-            lost = self.state.reassign_decode(
-                request.request_id, epoch=request.epoch, writer=request.writer,
-                committed=committed, attached=attached, may_write=self._may_write,
-            )  # fmt: skip
+        move = self._reassign_prefill if prefill else self._reassign_decode
+        committed, lost = move(stream, record, request)
+        self._write_plan(stream, record)
         self._write_headers(stream)
-        self._write_record(stream, record)
         return store_pb2.ReassignResponse(
             slot=stream.slot, committed=committed, previous_gone=not self._may_write(old_writer),
             quarantined_pages=len(lost) * self.arena.layout.groups,
         )  # fmt: skip
+
+    def _reassign_decode(
+        self, stream: Stream, record: StreamRecord, request: store_pb2.ReassignRequest
+    ) -> tuple[int, list[int]]:
+        """The fence comes first: what is committed after it is nobody's. Whether the old epoch had
+        its own tail is asked after it too, of the epoch the tables were made for: a store that died
+        between fence and tables, or found no room, is called again with a later epoch."""
+        fenced = "fence" not in self.config.unsafe
+        committed = record.fence(request.epoch) if fenced else record.commit()[1]
+        self.failpoints.hit("store.fenced")
+        lost = self.state.reassign_decode(
+            request.request_id, epoch=request.epoch, writer=request.writer, committed=committed,
+            attached=record.attached_epoch() >= stream.table_epoch, may_write=self._may_write,
+        )  # fmt: skip
+        return committed, lost
 
     def _reassign_prefill(
         self, stream: Stream, record: StreamRecord, request: store_pb2.ReassignRequest
@@ -171,6 +179,8 @@ class KvStore:
             ready_tokens=record.ready_tokens(), first_index=record.number("first_index"),
             token_ids=record.tokens[generated].tolist(),
             logprobs=record.logprobs[generated].tolist(), slot=stream.slot,
+            prefill_writer=stream.prefill_writer,
+            decode_writer=stream.decode_writer if stream.table_epoch == epoch else "",
         )  # fmt: skip
 
     def release(self, request: store_pb2.ReleaseRequest) -> bool:
@@ -180,15 +190,14 @@ class KvStore:
         stream = self.state.stream(request.request_id)
         record = StreamRecord(self.arena, stream.slot)
         keys = self._complete_keys(stream, record) if request.keep_blocks else []
-        live = set(request.live_writers)
+        live = set(request.live_writers) | stream.fenced
         record.close()
         self.state.release(
             request.request_id, keys=keys,
             may_write=lambda writer: writer in live and self._may_write(writer),
         )  # fmt: skip
-        if stream.slot in self.state.resting_slots:
-            record.fixed["state"] = RESTING
         self._write_headers(stream)
+        record.set_state(RESTING if stream.slot in self.state.resting_slots else FREE)
         return True
 
     def _complete_keys(self, stream: Stream, record: StreamRecord) -> list[bytes]:
@@ -202,20 +211,22 @@ class KvStore:
         gone = set(self.state.streams) - set(keep)
         for request_id in gone:
             stream = self.state.stream(request_id)
-            writers = [stream.prefill_writer, stream.decode_writer]
             self.release(
                 store_pb2.ReleaseRequest(
-                    request_id=request_id, keep_blocks=True, live_writers=writers
+                    request_id=request_id, keep_blocks=True, live_writers=stream.writers()
                 )
             )
         return len(gone)
 
     def invalidate(self, request_id: str, blocks: Sequence[int]) -> int:
+        """Takes blocks out of the cache, for good: a rebuild does not find them whole either."""
         stream = self.state.stream(request_id)
-        table = stream.decode_table
-        self.state.invalidate([table[b] for b in blocks if b < len(table)])
+        bad = [stream.decode_table[b] for b in blocks if b < len(stream.decode_table)]
+        self.state.invalidate(bad)
+        headers = self.arena.headers.reshape(self.arena.layout.groups, self.arena.plan.blocks)
+        headers["tokens"][:, bad] = 0
         self._write_headers(stream)
-        return len(blocks)
+        return len(bad)
 
     def sweep(self, stopped: tuple[str, str] | None = None) -> int:
         """Frees what was waiting for a writer that is gone now, or has `stopped`."""
@@ -224,7 +235,7 @@ class KvStore:
         blocks, slots = self.state.sweep(self._may_write, stopped)
         self._write_headers(None)
         for slot in slots:
-            StreamRecord(self.arena, slot).fixed["state"] = 0
+            StreamRecord(self.arena, slot).set_state(FREE)
         return len(blocks) * self.arena.layout.groups
 
     def _may_write(self, writer: str) -> bool:
@@ -232,19 +243,14 @@ class KvStore:
 
     # --- the arena's copy of the state ---
 
-    def _write_record(self, stream: Stream, record: StreamRecord) -> None:
-        fixed = record.fixed
-        fixed["request_id"] = stream.request_id.encode()
-        fixed["prompt_tokens"] = stream.prompt_tokens
-        fixed["max_new"] = stream.max_new
-        fixed["cached_tokens"] = stream.cached_blocks * PAGE_TOKENS
-        fixed["tail_rows"] = stream.tail_rows
-        fixed["tail_source"] = NO_BLOCK if stream.tail_source is None else stream.tail_source
-        fixed["blocks"] = len(stream.decode_table)
-        fixed["prefill_writer"] = stream.prefill_writer.encode()
-        fixed["decode_writer"] = stream.decode_writer.encode()
-        record.prefill_table[: len(stream.prefill_table)] = stream.prefill_table
-        record.decode_table[: len(stream.decode_table)] = stream.decode_table
+    def _write_plan(self, stream: Stream, record: StreamRecord) -> None:
+        record.write_plan(
+            prefill_writer=stream.prefill_writer.encode(),
+            decode_writer=stream.decode_writer.encode(), table_epoch=stream.table_epoch,
+            cached_tokens=stream.cached_blocks * PAGE_TOKENS, tail_rows=stream.tail_rows,
+            tail_source=NO_BLOCK if stream.tail_source is None else stream.tail_source,
+            prefill_table=stream.prefill_table, decode_table=stream.decode_table,
+        )  # fmt: skip
 
     def _write_headers(self, stream: Stream | None) -> None:
         """Brings the headers of all changed blocks up to the pool's state."""
@@ -259,6 +265,7 @@ class KvStore:
             elif block in taken:
                 assert stream is not None
                 pages_of_block["owner"] = stream.slot + 1
+                pages_of_block["key"] = _writer_key(pool.writers.get(block, ""))
                 pages_of_block["epoch"] = max(stream.epoch, stream.attempt)
                 pages_of_block["tokens"] = 0
                 pages_of_block["stamp"] = time.time_ns()

@@ -40,7 +40,9 @@ class Stream:
     cached_blocks: int = 0
     tail_source: int | None = None  # block whose committed rows the present epoch copies
     tail_rows: int = 0
+    table_epoch: int = 0  # the decode epoch that the tables were made for
     held: list[int] = field(default_factory=list)  # former tails, kept until the stream ends
+    fenced: set[str] = field(default_factory=set)  # former writers that have not said Stopped
 
     @property
     def prompt_blocks(self) -> int:
@@ -49,7 +51,12 @@ class Stream:
 
     def blocks(self) -> list[int]:
         """Every block this stream holds a lease on, each once."""
-        return [*dict.fromkeys([*self.prefill_table, *self.decode_table, *self.held])]
+        tail = [] if self.tail_source is None else [self.tail_source]
+        return [*dict.fromkeys([*self.prefill_table, *self.decode_table, *self.held, *tail])]
+
+    def writers(self) -> set[str]:
+        """Everybody who works or has worked on it, as far as they have not said Stopped."""
+        return {self.prefill_writer, self.decode_writer, *self.fenced} - {""}
 
 
 @dataclass
@@ -60,7 +67,8 @@ class KvState:
     index: PrefixIndex
     slots: int
     streams: dict[str, Stream] = field(default_factory=dict)
-    resting_slots: dict[int, set[str]] = field(default_factory=dict)  # slot -> writers to wait for
+    # slot -> (request, writer) pairs to wait for
+    resting_slots: dict[int, set[tuple[str, str]]] = field(default_factory=dict)
 
     # --- opening ---
 
@@ -96,6 +104,7 @@ class KvState:
             request_id, slot, prompt_tokens, max_new, epoch, attempt, prefill_writer,
             decode_writer, keys, prefill_table, decode_table, len(cached),
             tail_source=prefill_table[tail] if partial else None, tail_rows=partial,
+            table_epoch=epoch,
         )  # fmt: skip
         self.streams[request_id] = stream
         return stream, evicted
@@ -108,13 +117,9 @@ class KvState:
         raise Overloaded(f"streams_max: all {self.slots} stream records are in use")
 
     def _make_room(self, count: int) -> list[int]:
-        """Evicts least recently used cached blocks until `count` are free."""
+        """Evicts least recently used cached blocks until `count` are free. Raises Overloaded."""
         evicted: list[int] = []
-        if count > len(self.pool.free) + self.evictable():
-            raise Overloaded(
-                f"arena: {count} blocks wanted, {len(self.pool.free)} free and "
-                f"{self.evictable()} evictable of {self.pool.total}"
-            )
+        self._check_room(count)
         while len(self.pool.free) < count:
             block = self.index.oldest(self._only_cached)
             assert block is not None
@@ -122,6 +127,13 @@ class KvState:
             self.pool.drop(block)
             evicted.append(block)
         return evicted
+
+    def _check_room(self, count: int) -> None:
+        if count > len(self.pool.free) + self.evictable():
+            raise Overloaded(
+                f"arena: {count} blocks wanted, {len(self.pool.free)} free and "
+                f"{self.evictable()} evictable of {self.pool.total}"
+            )
 
     def _only_cached(self, block: int) -> bool:
         return self.pool.leases[block] == 1
@@ -154,8 +166,11 @@ class KvState:
         s = self.stream(request_id)
         kv_tokens = s.prompt_tokens + committed
         tail = kv_tokens // PAGE_TOKENS
-        keep = s.decode_table[:tail]
-        rest = s.decode_table[tail:]
+        keep, rest = s.decode_table[:tail], s.decode_table[tail:]
+        wanted = blocks_for(s.prompt_tokens + s.max_new - 1) - tail
+        copied = attached and bool(kv_tokens % PAGE_TOKENS)
+        freed = 0 if may_write(s.decode_writer) else len(rest) - copied
+        self._check_room(wanted - freed)
         if attached:
             if s.tail_source is not None and s.tail_source not in s.prefill_table:
                 s.held.append(s.tail_source)
@@ -164,11 +179,12 @@ class KvState:
         for block in keep[s.prompt_blocks :]:
             self.pool.finish_writing(block)
         lost = self._retire(rest, s.request_id, may_write)
-        s.epoch, s.decode_writer = epoch, writer
-        s.decode_table = keep
-        wanted = blocks_for(s.prompt_tokens + s.max_new - 1) - tail
         self._make_room(wanted)
         s.decode_table = keep + self.pool.take(wanted, writer)
+        if may_write(s.decode_writer):
+            s.fenced.add(s.decode_writer)
+        s.epoch = s.table_epoch = epoch
+        s.decode_writer = writer
         return lost
 
     def restart_at(self, stream: Stream, ready_tokens: int) -> int:
@@ -193,6 +209,7 @@ class KvState:
             self._make_room(len(old))
             fresh = self.pool.take(len(old), writer)
             lost = self._retire(old, s.request_id, may_write)
+            s.fenced.add(s.prefill_writer)
         s.attempt, s.prefill_writer = attempt, writer
         s.prefill_table = s.prefill_table[:first] + fresh
         s.decode_table[: s.prompt_blocks] = s.prefill_table[: s.prompt_blocks]
@@ -237,7 +254,7 @@ class KvState:
                 self.pool.drop(block)
             elif self.pool.retire(block, request_id, may_write):
                 quarantined.append(block)
-        waiting = {w for w in (s.prefill_writer, s.decode_writer) if w and may_write(w)}
+        waiting = {(request_id, writer) for writer in s.writers() if may_write(writer)}
         if waiting:
             self.resting_slots[s.slot] = waiting
         return s, quarantined
@@ -259,15 +276,15 @@ class KvState:
         done = [
             block
             for block, why in self.pool.quarantined.items()
-            if not may_write(why.writer)
-            or (stopped and stopped[1] == why.writer and why.request_id in (stopped[0], ""))
+            if not may_write(why.writer) or (why.request_id, why.writer) == stopped
         ]
         self.pool.release_quarantine(done)
+        if stopped and stopped[0] in self.streams:
+            self.streams[stopped[0]].fenced.discard(stopped[1])
         slots = []
-        for slot, writers in list(self.resting_slots.items()):
-            if stopped:
-                writers.discard(stopped[1])
-            if not any(may_write(w) for w in writers):
+        for slot, waiting in list(self.resting_slots.items()):
+            waiting -= {pair for pair in waiting if pair == stopped or not may_write(pair[1])}
+            if not waiting:
                 del self.resting_slots[slot]
                 slots.append(slot)
         return done, slots

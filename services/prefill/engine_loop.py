@@ -114,11 +114,11 @@ class PrefillEngine:
         attempt, done = record.first()
         if attempt != command.attempt:
             raise StaleEpoch(f"attempt: {command.attempt} has been fenced by {attempt}")
-        if done:
-            self._report_done(job, record, already_done=True)
-            return
         handoff = self._handoff(job, record, sockets)
         prompt = record.number("prompt_tokens")
+        if done:
+            self._hand_over_again(job, handoff, record)
+            return
         tokens = np.array(record.tokens[:prompt])
         identity = RowIdentity(record.root, tokens, prompt)
         table = self._arena.table(np.array(record.prefill_table[: blocks_for(prompt)]))
@@ -132,6 +132,15 @@ class PrefillEngine:
         for group, upto in later:
             handoff.ready(group, upto)
         self._first_token(job, handoff, prompt, record)
+
+    def _hand_over_again(self, job: Job, handoff: Handoff, record: StreamRecord) -> None:
+        """This attempt had finished here; whoever asks again may lack its pages or its report."""
+        prompt = record.number("prompt_tokens")
+        for group in range(self._arena.layout.groups):
+            handoff.ready(group, prompt)
+        handoff.first(int(record.tokens[prompt]), float(record.logprobs[prompt]))
+        self._report_done(job, record, already_done=True)
+        handoff.finish()
 
     def _handoff(self, job: Job, record: StreamRecord, sockets: Sockets) -> Handoff:
         command = job.command

@@ -14,15 +14,15 @@ Record = journal_pb2.JournalRecord
 # --- the journal ---
 
 
-def accepted(request: Request, unix_ms: int, deadline_s: float | None) -> Record:
+def accepted(request: Request) -> Record:
     return Record(
         accepted=journal_pb2.Accepted(
             request_id=request.request_id,
             body=request.body,
             token_ids=request.prompt,
             sampling=request.sampling,
-            accepted_unix_ms=unix_ms,
-            deadline_unix_ms=int(unix_ms + deadline_s * 1e3) if deadline_s else 0,
+            accepted_unix_ms=request.accepted_unix_ms,
+            deadline_unix_ms=request.deadline_unix_ms,
         )
     )
 

@@ -39,8 +39,9 @@ class Recovery:
 
     def _accepted(self, now: float, unix_ms: int, accepted: journal_pb2.Accepted) -> None:
         request = self._state.new_request(
-            now, accepted.body, list(accepted.token_ids), accepted.sampling
-        )
+            now, accepted.body, list(accepted.token_ids), accepted.sampling,
+            accepted.accepted_unix_ms, accepted.deadline_unix_ms,
+        )  # fmt: skip
         if accepted.deadline_unix_ms:
             request.deadline_at = now + (accepted.deadline_unix_ms - unix_ms) / 1e3
         request.phase = Phase.RECOVERING
@@ -55,6 +56,7 @@ class Recovery:
         request.prefill_worker, request.decode_worker = placed.prefill_worker, placed.decode_worker
         request.prefill_store, request.decode_store = placed.prefill_store, placed.decode_store
         request.base_index = placed.first_index
+        request.prefill_stopped, request.decode_told = False, True  # as far as can be known
 
     def _ended(self, now: float, ended: journal_pb2.Ended) -> None:
         request = self._state.requests.get(ended.request_id)
@@ -109,11 +111,10 @@ class Recovery:
         request.cached = dict.fromkeys(request.stores, 0)
         self._state.saw_epoch(reply.epoch, reply.attempt)
         request.epoch, request.attempt = reply.epoch, reply.attempt
+        request.decode_worker = reply.decode_writer
+        request.prefill_worker = reply.prefill_writer or request.prefill_worker
         request.prefill_done = bool(reply.token_ids)
         self._take(request, now, reply.token_ids, reply.logprobs)
-        if request.prefill_done and request.prefill_store != request.decode_store:
-            self._state.release_store(request, request.prefill_store, keep=True, live=[])
-            request.prefill_store = request.decode_store
         ends = inference_pb2.FINISH_REASON_UNSPECIFIED
         if request.tokens:
             last = len(request.tokens) - 1
@@ -129,30 +130,22 @@ class Recovery:
             request.phase = Phase.WAITING
 
     def _adopt(self, request: Request, now: float) -> None:
-        """A worker that is back goes on: the same epoch again only makes a decode report once more.
-
-        A prefill that has not finished and is not at work starts again where its record stands.
-        """
-        state = self._state
-        if request.decode_worker in state.workers and request.needs_decode:
-            state.send_decode(request)
-        prefill = state.workers.get(request.prefill_worker)
-        if not request.prefill_done and prefill:
-            if prefill.running.get(request.request_id) == request.attempt:
-                request.prefill_stopped = False
-            elif request.prefill_store == request.decode_store:
-                state.send_prefill(request)
-            else:
-                state.compute_again(request, now, fresh=False)
-                return
-        state.ensure(request, now)
+        """Workers that are back go on; for those that are not, others are found. A prefill towards
+        another arena starts again: what that arena has got so far is not known here."""
+        if not request.prefill_done and request.prefill_store != request.decode_store:
+            self._state.compute_again(request, now, fresh=False)
+            return
+        for worker_id in {request.decode_worker, request.prefill_worker}:
+            if worker_id in self._state.workers:
+                self._state.remind(request, worker_id)
+        self._state.ensure(request, now)
 
 
 def journal(requests: Iterable[Request]) -> list[journal_pb2.JournalRecord]:
     """The shortest journal that says what is known now."""
     records = []
     for request in requests:
-        records.append(orders.accepted(request, 0, None))
+        records.append(orders.accepted(request))
         if request.decode_store:
             records.append(orders.placed(request))
         if request.final:

@@ -29,7 +29,9 @@ class Request:
     prompt: list[int]
     sampling: control_pb2.ResolvedSampling
     text: TextStream
+    accepted_unix_ms: int
     accepted_at: float
+    deadline_unix_ms: int  # 0: none
     deadline_at: float | None
     orphan_s: float
     retain_s: float
@@ -47,7 +49,7 @@ class Request:
     prefill_done: bool = False
     prefill_stopped: bool = True
     decode_told: bool = False
-    moving: set[str] = field(default_factory=set)  # roles whose reassignment is under way
+    moving: dict[str, int] = field(default_factory=dict)  # role -> epoch that has been asked for
     fresh_kv: bool = False  # the next opening must not use the prefix cache
     # results
     tokens: list[tuple[int, float]] = field(default_factory=list)

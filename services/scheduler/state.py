@@ -62,24 +62,26 @@ class SchedulerState:
         if self._count(Phase.WAITING) >= self.config.waiting_max:
             self.counts.refused += 1
             raise Overloaded(f"waiting_max: {self.config.waiting_max} requests are waiting already")
-        request = self.new_request(now, body, prompt, sampling)
+        deadline_ms = int(unix_ms + deadline_s * 1e3) if deadline_s is not None else 0
+        request = self.new_request(now, body, prompt, sampling, unix_ms, deadline_ms)
         request.deadline_at = None if deadline_s is None else now + deadline_s
         self.counts.accepted += 1
-        self._out.append(Write(orders.accepted(request, unix_ms, deadline_s)))
+        self._out.append(Write(orders.accepted(request)))
         request.tell("accepted")
         self._place_waiting(now)
         return self._drain()
 
     def new_request(
         self, now: float, body: inference_pb2.GenerateRequest, prompt: list[int],
-        sampling: control_pb2.ResolvedSampling,
+        sampling: control_pb2.ResolvedSampling, unix_ms: int, deadline_unix_ms: int,
     ) -> Request:  # fmt: skip
         """Adds a request, with the defaults of what its body leaves open."""
         orphan = body.orphan_ms if body.HasField("orphan_ms") else self.config.orphan_ms
         retain = body.retain_ms if body.HasField("retain_ms") else self.config.retain_ms
         request = Request(
-            body, prompt, sampling, self._texts(body), now, None, orphan / 1e3, retain / 1e3
-        )
+            body, prompt, sampling, self._texts(body), unix_ms, now, deadline_unix_ms, None,
+            orphan / 1e3, retain / 1e3,
+        )  # fmt: skip
         self.requests[request.request_id] = request
         return request
 
@@ -126,8 +128,31 @@ class SchedulerState:
         info.worker.state = cluster_pb2.WORKER_STATE_READY
         self.workers[info.worker_id] = info
         self.names[info.worker_id] = info.worker.name
+        for request in list(self.requests.values()):
+            if request.phase is Phase.RUNNING:
+                self.remind(request, info.worker_id)
+        for request_id, epoch in running.items():
+            self._stop_if_foreign(info, request_id, epoch)
         self._refresh(now)
         return self._drain()
+
+    def remind(self, request: Request, worker_id: str) -> None:
+        """A worker is back: what it was told, and what it has said meanwhile, may be lost. The same
+        epoch again only makes it report once more."""
+        if worker_id == request.decode_worker and request.needs_decode:
+            self.send_decode(request)
+        if worker_id == request.prefill_worker and not request.prefill_done:
+            self.send_prefill(request)
+
+    def _stop_if_foreign(self, info: WorkerInfo, request_id: str, epoch: int) -> None:
+        """It runs what is nobody's any more: an ended request, or another epoch's."""
+        request = self.requests.get(request_id)
+        if request and not request.done and epoch in (request.epoch, request.attempt):
+            return
+        if request and request.phase is Phase.RECOVERING:
+            return
+        stop = control_pb2.StopRequest(request_id=request_id, epoch=epoch)
+        self._send(info.worker_id, control_pb2.WorkerCommand(stop=stop))
 
     def worker_heard(self, now: float, worker_id: str) -> list[Instruction]:
         info = self.workers.get(worker_id)
@@ -298,7 +323,7 @@ class SchedulerState:
         epoch = self._next_epoch()
         moved = orders.placed(request, epoch=epoch, decode_worker=successor)
         self._out.append(Write(moved))
-        request.moving.add(DECODE)
+        request.moving[DECODE] = epoch
         message = orders.reassign(request, DECODE, epoch, successor)
         self._call(request, request.decode_store, "Reassign", message)
 
@@ -313,7 +338,7 @@ class SchedulerState:
         worker = min(able, key=lambda w: (w.load, w.worker_id)).worker_id
         attempt = self._next_epoch()
         self._out.append(Write(orders.placed(request, attempt=attempt, prefill_worker=worker)))
-        request.moving.add(PREFILL)
+        request.moving[PREFILL] = attempt
         together = request.prefill_store == request.decode_store
         for store in request.stores:
             writer = worker if together or store == request.prefill_store else ""
@@ -365,17 +390,20 @@ class SchedulerState:
         self, request: Request, now: float, call: CallStore, reply: store_pb2.ReassignResponse
     ) -> None:
         asked: store_pb2.ReassignRequest = call.message
+        role = orders.role_of(asked)
+        if request.phase is not Phase.RUNNING or request.moving.get(role) != asked.epoch:
+            return  # the request has been opened anew since
         request.slots[call.store_id] = reply.slot
-        if orders.role_of(asked) == PREFILL:
+        if role == PREFILL:
             request.cached[call.store_id] = reply.committed
             if call.store_id == request.prefill_store:
-                request.moving.discard(PREFILL)
+                del request.moving[PREFILL]
                 request.attempt, request.prefill_worker = asked.epoch, asked.writer
                 self.ensure(request, now)
                 if PREFILL not in request.moving:
                     self.send_prefill(request)
             return
-        request.moving.discard(DECODE)
+        del request.moving[DECODE]
         request.epoch, request.decode_worker = asked.epoch, asked.writer
         request.takeovers += request.prefill_done
         self.counts.takeovers += request.prefill_done
@@ -411,7 +439,10 @@ class SchedulerState:
             request.phase = Phase.WAITING
             request.held_until = now + HOLD_RETRY_S
         elif call.method == "Reassign":
-            request.moving.discard(orders.role_of(call.message))
+            role = orders.role_of(call.message)
+            if request.moving.get(role) != call.message.epoch:
+                return
+            del request.moving[role]
             if code == "NOT_FOUND":
                 self.compute_again(request, now, fresh=False)
             else:
@@ -431,8 +462,8 @@ class SchedulerState:
             return self._drain()
         request.computed += done.computed_tokens
         self.counts.prompt_tokens_computed += done.computed_tokens
-        if request.done:
-            return self._drain()  # decode was faster to the end than this report
+        if request.phase is not Phase.RUNNING:
+            return self._drain()  # decode was faster to the end, or the record will tell
         request.prefill_done = True
         self.counts.prompt_tokens_cached += request.cached_tokens
         request.kv_bytes += done.kv_bytes
@@ -449,7 +480,7 @@ class SchedulerState:
     ) -> list[Instruction]:
         for stream in step.streams:
             request = self.requests.get(stream.request_id)
-            if request is None or request.done:
+            if request is None or request.phase is not Phase.RUNNING:
                 continue
             stale = stream.epoch != request.epoch or worker_id != request.decode_worker
             if stale and "epoch" not in self.config.unsafe:
@@ -525,7 +556,7 @@ class SchedulerState:
             request.prefill_stopped = True
             if request.prefill_done:
                 self._prefill_left(request)
-        elif worker_id != request.decode_worker:
+        elif worker_id != request.decode_worker or stopped.epoch != request.epoch:
             self._retire(stopped.request_id, worker_id)
         return self._drain()
 
@@ -608,7 +639,7 @@ class SchedulerState:
     def _conclude(
         self, request: Request, now: float, event: inference_pb2.GenerateEvent, finished_by: str
     ) -> None:
-        if request.phase in (Phase.OPENING, Phase.RUNNING):
+        if request.phase is not Phase.WAITING and request.decode_store:
             self.release(request, keep=True, finished_by=finished_by)
         request.phase = Phase.DONE
         request.final = event

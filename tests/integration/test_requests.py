@@ -73,9 +73,7 @@ BAD = {
         {"sampling": {"max_tokens": 1 << 20}},
         {"text": None, "token_ids": tokens(2048), "sampling": {"max_tokens": 4}},
     ],
-    "temperature": [
-        {"sampling": {"temperature": t}} for t in (-1, 11, float("nan"), float("inf"))
-    ],
+    "temperature": [{"sampling": {"temperature": t}} for t in (-1, 11, float("nan"), float("inf"))],
     "top_p": [{"sampling": {"top_p": p}} for p in (0, 1.5, -1, float("nan"))],
     "min_p": [{"sampling": {"min_p": p}} for p in (1, -0.1, float("nan"))],
     "stop": [{"sampling": {"stop": [""]}}, {"sampling": {"stop": ["x"] * 9}}],

@@ -46,9 +46,7 @@ def test_prefix_hit(cluster: SupervisorHandle, reference: Reference) -> None:
         produced = first.stream(client)
         longer = Ask((*prompt, *produced[:60], 5, 9), 30)
         before = client.view().requests
-        events = list(
-            client.generate(list(longer.prompt), max_tokens=30, ignore_eos=True)
-        )
+        events = list(client.generate(list(longer.prompt), max_tokens=30, ignore_eos=True))
         after = client.view().requests
     usage = events[-1].finished.usage
     shared = cluster.spec.medium == "shm"  # else prefill's arena lacks what decode has written
@@ -87,15 +85,15 @@ def test_killed_or_not(cluster: SupervisorHandle, reference: Reference, length: 
         for i in range(4)
     ]
     with Client(cluster.address) as client, ThreadPoolExecutor(len(asks)) as pool:
-        running = [pool.submit(_stream_and_kill, cluster, client, ask, i) for i, ask in enumerate(asks)]
+        running = [
+            pool.submit(_stream_and_kill, cluster, client, ask, i) for i, ask in enumerate(asks)
+        ]
         results = [future.result() for future in running]
         assert client.view().requests.prompt_tokens_recomputed == 0
     assert results == [ask.expected(reference) for ask in asks]
 
 
-def _stream_and_kill(
-    cluster: SupervisorHandle, client: Client, ask: Ask, number: int
-) -> list[int]:
+def _stream_and_kill(cluster: SupervisorHandle, client: Client, ask: Ask, number: int) -> list[int]:
     """Stream 0 kills its own decode after 20 tokens."""
     tokens: list[int] = []
     events = client.generate(

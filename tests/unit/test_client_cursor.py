@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,9 @@ from baton.client import (
     generate_request,
 )
 from baton.v1 import inference_pb2 as pb
-from baton.v1 import inference_pb2_grpc
+from tests.support.scripted import Script, finished, say, serve, token
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-IDS = [11, 22, 33, 44, 55, 66, 77]
-
-
-def token(index: int, token_id: int | None = None) -> pb.GenerateEvent:
-    value = IDS[index % len(IDS)] if token_id is None else token_id
-    return pb.GenerateEvent(token=pb.TokenEvent(index=index, token_id=value))
-
-
-def finished() -> pb.GenerateEvent:
-    return pb.GenerateEvent(finished=pb.Finished(reason=pb.FINISH_REASON_LENGTH))
 
 
 def cursor(**fields: Any) -> _Cursor:
@@ -131,41 +119,6 @@ def test_a_request_carries_what_was_asked_and_nothing_else() -> None:
 
 
 # --- against a scripted server -------------------------------------------------------------------
-
-Script = list[Callable[[Any], Iterator[pb.GenerateEvent]]]
-
-
-class Scripted(inference_pb2_grpc.InferenceServicer):
-    """Answers the n-th call with the n-th entry of the script, and writes down what was asked."""
-
-    def __init__(self, script: Script) -> None:
-        self.script, self.asked = script, list[tuple[str, int]]()
-
-    def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateEvent]:
-        self.asked.append(("generate", 0))
-        return self.script.pop(0)(context)
-
-    def Resume(self, request: pb.ResumeRequest, context: Any) -> Iterator[pb.GenerateEvent]:
-        self.asked.append(("resume", request.from_index))
-        return self.script.pop(0)(context)
-
-
-def say(*events: pb.GenerateEvent, then: grpc.StatusCode | None = None) -> Any:
-    def answer(context: Any) -> Iterator[pb.GenerateEvent]:
-        yield from events
-        if then is not None:
-            context.abort(then, "scripted")
-
-    return answer
-
-
-def serve(address: str, script: Script) -> tuple[Any, Scripted]:
-    servicer = Scripted(script)
-    server = grpc.server(futures.ThreadPoolExecutor(4))
-    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
-    server.add_insecure_port(address)
-    server.start()
-    return server, servicer
 
 
 @pytest.fixture

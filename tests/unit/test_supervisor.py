@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,18 @@ def plan(spec: ClusterSpec) -> list[ProcessSpec]:
     return [process("scheduler", LIVE % port, "scheduler"), process("decode-0")]
 
 
+def both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
+
+
 async def supervised(
     spec: ClusterSpec, body: Callable[[Supervisor, Watch], Any], plan: Any = plan
 ) -> Supervisor:
     """Runs a supervisor, does `body` once it is ready, stops it."""
     supervisor, stop, watch = Supervisor(spec, plan), asyncio.Event(), Watch()
     for child in supervisor.children:
-        written = child.changed
-        child.changed = lambda written=written: (written(), watch())  # type: ignore[misc]
+        child.changed = partial(both, child.changed, watch)
     ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     running = asyncio.create_task(supervisor.run(stop, ready.set_result))
     try:

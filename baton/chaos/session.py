@@ -1,0 +1,218 @@
+"""A whole `baton chaos` command: clusters, the reference, many runs, the controls, the verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from baton.chaos import report
+from baton.chaos.judge import Verdict, judge_stream, recomputed
+from baton.chaos.lab import Lab
+from baton.chaos.plan import draw, read_corpus
+from baton.chaos.reference import ReferenceProcess
+from baton.chaos.report import Control, Result
+from baton.chaos.runner import Outcome, Run
+from baton.chaos.scenario import Scenario
+from baton.cluster import ClusterSpec
+
+CONTROL_RUNS_MAX = 5
+# counter -> (guards off, what dies). Each must make its counter move.
+GUARDS = {
+    "lost": (("record",), "committed-not-reported"),
+    "duplicated": (("dedupe",), "random"),
+    "mismatched": (("tail",), "random"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says."""
+
+    model: str
+    seed: int
+    medium: str = "shm"
+    record: Path | None = None
+
+
+@dataclass
+class Session:
+    """Owns a directory below /tmp and the reference process; use as a context manager."""
+
+    settings: Settings
+    results: list[Result] = field(default_factory=list)
+    controls: list[Control] = field(default_factory=list)
+    reprefilled: list[Result] = field(default_factory=list)
+
+    def __enter__(self) -> Session:
+        self.root = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
+        self._reference = ReferenceProcess(self.settings.model)
+        self._clusters = 0
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._reference.close()
+        if kind is None and all(result.good for result in [*self.results, *self.reprefilled]):
+            shutil.rmtree(self.root, ignore_errors=True)
+        else:
+            say(f"logs and recordings are kept in {self.root}")
+
+    # --- runs ---
+
+    def perform(self, scenarios: Iterable[Scenario]) -> list[Result]:
+        """Runs scenarios, those of one configuration on one cluster, and keeps what they gave."""
+        groups: dict[tuple[tuple[str, ...], str], list[Scenario]] = {}
+        for scenario in scenarios:
+            groups.setdefault((scenario.unsafe, scenario.recover), []).append(scenario)
+        found: list[Result] = []
+        for (unsafe, recover), group in groups.items():
+            found += asyncio.run(self._on_one_cluster(group, self._spec(unsafe, recover)))
+        return found
+
+    def _spec(self, unsafe: tuple[str, ...], recover: str) -> ClusterSpec:
+        self._clusters += 1
+        return ClusterSpec(
+            run_dir=str(self.root / str(self._clusters)), model=self.settings.model,
+            medium=self.settings.medium, listen="127.0.0.1:0", decode=2, recover=recover,
+            unsafe=unsafe,
+        )  # fmt: skip
+
+    async def _on_one_cluster(
+        self, scenarios: Sequence[Scenario], spec: ClusterSpec, until: str = ""
+    ) -> list[Result]:
+        """Stops early once the count named `until` has moved."""
+        found: list[Result] = []
+        with Lab(spec) as lab:
+            connection = lab.connect()
+            for number, scenario in enumerate(scenarios, 1):
+                expected = [self._reference.tokens(ask) for ask in scenario.requests]
+                outcome = await Run(lab, connection, scenario).perform()
+                result = self._judge(outcome, expected)
+                found.append(result)
+                say(f"{number}/{len(scenarios)} {scenario.label} {_line(outcome, result)}")
+                if until and getattr(result.verdict, until):
+                    break
+            await connection.close()
+        return found
+
+    def _judge(self, outcome: Outcome, expected: Sequence[Sequence[int]]) -> Result:
+        scenario = outcome.scenario
+        verdict = Verdict(leaked_pages=outcome.leaked_pages)
+        for stream, tokens in zip(outcome.streams, expected, strict=True):
+            verdict += judge_stream(stream.seen, stream.endings, tokens)
+        if outcome.work is not None and scenario.crash.spares_the_prompt:
+            verdict += Verdict(prompt_tokens_recomputed=recomputed(outcome.work))
+        result = Result(
+            scenario.name, scenario.label, verdict, tuple(outcome.stalls_ms()),
+            len(outcome.streams), outcome.streams_hit(), outcome.reached,
+            scenario.crash.only_a_decode, outcome.trouble, outcome.stale_refused,
+            outcome.quarantined,
+        )  # fmt: skip
+        control = scenario.unsafe or scenario.recover != "takeover"
+        if self.settings.record is not None and not control:
+            scenario.write(self.settings.record)
+        if result.good or control:
+            return result
+        path = scenario.write(self.root / "failed")
+        for stream in outcome.streams:
+            if stream.story:
+                say(f"  {stream.request_id}: {stream.endings} {stream.story}")
+        return dataclasses.replace(result, replay=f"baton chaos replay {path}")
+
+    # --- controls ---
+
+    def run_controls(self, seed: int, runs: int) -> None:
+        """Switches each guard off in turn, on a cluster of its own."""
+        corpus = read_corpus(self.settings.model)
+        for counter, (unsafe, name) in GUARDS.items():
+            drawn = [draw(name, seed, run, corpus) for run in range(CONTROL_RUNS_MAX)]
+            scenarios = [dataclasses.replace(s, unsafe=unsafe) for s in drawn]
+            spec = self._spec(unsafe, "takeover")
+            found = asyncio.run(self._on_one_cluster(scenarios, spec, until=counter))
+            self._control(counter, f"--unsafe={','.join(unsafe)}", found)
+        same = [draw("random", seed, run, corpus) for run in self._random_runs(max(5, runs // 10))]
+        found = self.perform(dataclasses.replace(s, recover="reprefill") for s in same)
+        self._control("prompt_tokens_recomputed", "--recover=reprefill", found)
+        self.reprefilled = [self._forgive(result) for result in found]
+
+    def _random_runs(self, count: int) -> list[int]:
+        """Run numbers of random kills, those that were performed first."""
+        done = [int(r.label.rpartition("-")[2]) for r in self.results if r.name == "random"]
+        return [*done, *range(len(self.results), len(self.results) + count)][:count]
+
+    def _control(self, counter: str, guard_off: str, found: Sequence[Result]) -> None:
+        count = getattr(report.total(found), counter)
+        self.controls.append(Control(counter, guard_off, len(found), count))
+        say(f"control {guard_off}: {counter} {count}")
+
+    @staticmethod
+    def _forgive(result: Result) -> Result:
+        """Recomputation is what that control does; everything else still counts."""
+        kept = dataclasses.replace(result.verdict, prompt_tokens_recomputed=0)
+        return dataclasses.replace(result, verdict=kept)
+
+    # --- the verdict ---
+
+    def problems(self) -> list[str]:
+        """Why the command fails; nothing when every promise was kept and every control moved."""
+        found = [f"{r.label}: {r.why()}" for r in self.results if not r.good]
+        found += [f"reprefill {r.label}: {r.why()}" for r in self.reprefilled if not r.good]
+        found += [
+            f"control {c.guard_off}: {c.counter} stayed 0" for c in self.controls if not c.works
+        ]
+        found += [miss] if (miss := report.missed(self.results)) else []
+        zombies = [r for r in self.results if r.name == "zombie"]
+        if zombies and not sum(r.stale_refused for r in zombies):
+            found.append("no woken decode was ever refused")
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """The JSON object."""
+        counts = report.total(self.results)
+        everything = [*self.results, *self.reprefilled]
+        return {
+            "runs": len(self.results),
+            "seed": self.settings.seed,
+            "medium": self.settings.medium,
+            **{name: getattr(counts, name) for name in report.ZEROS},
+            "disordered": counts.disordered,
+            "bad_endings": counts.bad_endings,
+            "leaked_pages": counts.leaked_pages,
+            "streams": sum(r.streams for r in self.results),
+            "streams_hit": sum(r.hit for r in self.results),
+            "interrupted_streams": sum(len(r.stalls_ms) for r in self.results),
+            "stale_epoch_refused": sum(r.stale_refused for r in self.results),
+            "quarantined_pages_max": max((r.quarantined for r in self.results), default=0),
+            **report.paired(self.results, self.reprefilled),
+            "scenarios": report.table(self.results),
+            "controls": {
+                c.counter: {"guard_off": c.guard_off, "runs": c.runs, "count": c.count}
+                for c in self.controls
+            },
+            "controls_ok": all(c.works for c in self.controls) if self.controls else None,
+            "machine": report.machine(),
+            "failures": report.failures(everything),
+            "problems": self.problems(),
+        }
+
+
+def _line(outcome: Outcome, result: Result) -> str:
+    stalls = "/".join(f"{ms:.0f}" for ms in result.stalls_ms) or "none"
+    return f"killed {'+'.join(outcome.victims) or 'nobody'}, stalls {stalls} ms: {result.why()}"
+
+
+def say(line: str) -> None:
+    """Progress, for people."""
+    print(line, file=sys.stderr, flush=True)
