@@ -586,7 +586,7 @@ def load_exported(out: Path) -> Pico:
 def continue_text(model: Pico, tokenizer: Tokenizer, prompt: str, temperature: float) -> str:
     """Up to 64 more tokens, greedily at temperature 0."""
     generator = torch.Generator().manual_seed(0)
-    tokens = [END_OF_TEXT_ID, *tokenizer.encode(prompt).ids]
+    tokens = list(tokenizer.encode(prompt).ids)
     start = len(tokens)
     while len(tokens) < start + 64:
         logits = model(torch.tensor([tokens]))[0, -1].float()
@@ -901,7 +901,8 @@ the training part only.
 
 ## Training
 
-{phases}. {tokens:,} tokens in all ({passes:.1f} passes), {tokens_per_step} a step, seed {seed}.
+{phases}.
+{tokens:,} tokens in all ({passes:.1f} passes), {tokens_per_step} a step, seed {seed}.
 AdamW (0.9, 0.95), weight decay {decay}, peak learning rate {rate}, {warmup} warm-up steps, cosine
 to 1%, gradients clipped at {clip}; bf16 arithmetic, float32 master weights.
 {minutes:.0f} minutes ({speed:.0f} tokens/s) on {machine}; torch {torch}.
@@ -925,16 +926,18 @@ On positions {half} to {context} of a window alone, pico's perplexity is {late:.
 
 ## What it writes
 
-Not chosen: the first 64 tokens each, the prompt after `<|endoftext|>`.
+One draw each (seed 0), the first 64 tokens, after the prompt alone. Greedy text soon repeats itself;
+a temperature of 0.7 reads better.
 
 {samples}
 
 ## Licence and limits
 
-The text is CPython's, under the PSF licence version 2; the weights are offered under the same. The
-model knows the shape of Python and of its documentation, and little else. It states falsehoods,
-invents names and repeats itself, and it can repeat passages of the standard library. It was not
-made to follow instructions. Use it to test a server, not to learn from.
+The text is CPython's, under the PSF licence version 2 (a few of its files carry permissive notices
+of their own); the weights are offered under the same. The model knows the shape of Python and of
+its documentation, and little else. It states falsehoods, invents names and repeats itself, and it
+can repeat passages of the standard library. It was not made to follow instructions. Use it to test
+a server, not to learn from.
 """
 
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import time
 from dataclasses import dataclass
@@ -44,7 +43,8 @@ class Lab:
         self._failpoints.mkdir(parents=True, exist_ok=True)
         self.spec = dataclasses.replace(spec, failpoints=str(self._failpoints))
         self.handle = SupervisorHandle.start(self.spec)
-        self._stopped: dict[str, int] = {}
+        self._stopped: set[str] = set()
+        self.leaked = 0  # pages that an earlier run has left behind
 
     def __enter__(self) -> Lab:
         return self
@@ -60,9 +60,9 @@ class Lab:
 
     # --- faults ---
 
-    def arm(self, point: str, index: int | None = None) -> None:
-        """The next process that reaches `point` dies there."""
-        value: dict[str, Any] = {"point": point, "action": "kill"}
+    def arm(self, point: str, index: int | None = None, action: str = "kill") -> None:
+        """The next process that reaches `point` dies, or stops, there."""
+        value: dict[str, Any] = {"point": point, "action": action}
         if index is not None:
             value["index"] = index
         temporary = self._failpoints / f"{point}.tmp"
@@ -91,17 +91,20 @@ class Lab:
     def signal(self, name: str, number: signal.Signals) -> None:
         """Signals a process; one that is between two lives has died already."""
         with contextlib.suppress(StartFailed, ProcessLookupError):
-            pid = self.handle.kill(name, number)
-            if number == signal.SIGSTOP:
-                self._stopped[name] = pid
+            self.handle.kill(name, number)
+        if number == signal.SIGSTOP:
+            self.note_stopped(name)
+
+    def note_stopped(self, name: str) -> None:
+        """A process is stopped; `revive()` is to wake it."""
+        self._stopped.add(name)
 
     def revive(self) -> None:
         """Wakes whatever was stopped."""
-        for name, pid in list(self._stopped.items()):
-            del self._stopped[name]
+        stopped, self._stopped = self._stopped, set()
+        for name in stopped:
             with contextlib.suppress(StartFailed, ProcessLookupError):
-                if self.handle.entry(name)["pid"] == pid:
-                    os.kill(pid, signal.SIGCONT)
+                self.handle.kill(name, signal.SIGCONT)
 
     # --- looking at it ---
 
@@ -128,7 +131,15 @@ class Lab:
         here = [store for store in view.stores if store.reachable and store.pid in pids]
         if len(here) != self.spec.stores:
             return "a store is away"
-        return f"{pages} pages in use" if (pages := pages_in_use(view)) else ""
+        return self._leak(view)
+
+    def _leak(self, view: cluster_pb2.ClusterView) -> str:
+        if pages_in_use(view) <= self.leaked:
+            return ""
+        kinds = ("open", "sealed", "quarantined")
+        counts = {kind: sum(getattr(s, f"pages_{kind}") for s in view.stores) for kind in kinds}
+        counts["streams"] = sum(s.streams for s in view.stores)
+        return "still there: " + ", ".join(f"{k} {n}" for k, n in counts.items() if n)
 
 
 def pages_in_use(view: cluster_pb2.ClusterView) -> int:

@@ -4,6 +4,7 @@ the standard library's source, which the prompts are cut from."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json.decoder
 import textwrap
@@ -127,6 +128,25 @@ def _at_row(row: int) -> Callable[[Random, Corpus], Plan]:
     return plan
 
 
+def _paused(point: str) -> Callable[[Random, Corpus], Plan]:
+    """A decode that stops inside a step, is replaced there, and wakes up in the same step."""
+
+    def plan(rng: Random, corpus: Corpus) -> Plan:
+        asks = _mixed(rng, corpus, new_min=100)
+        index = rng.randint(10, 60)
+        return asks, Crash("failpoint", index=index, point=point, signal="STOP")
+
+    return plan
+
+
+def _paused_at_its_last(rng: Random, corpus: Corpus) -> Plan:
+    """A decode that has committed the last token of a stream stops before it can report it."""
+    asks = _mixed(rng, corpus, new_min=120)
+    first = dataclasses.replace(asks[0], max_tokens=80)
+    crash = Crash("failpoint", index=79, point="decode.committed", signal="STOP")
+    return [first, *asks[1:]], crash
+
+
 def _while_prefilling(victim: str) -> Callable[[Random, Corpus], Plan]:
     def plan(rng: Random, corpus: Corpus) -> Plan:
         count = rng.randint(STREAMS_MIN, STREAMS_MAX)
@@ -167,7 +187,14 @@ PREFILL_KILL: dict[str, Callable[[Random, Corpus], Plan]] = {
     "prefill-after-first": _at_arrival("handoff.after_first"),
     "prefill-random": _while_prefilling("prefill"),
 }
-ZOMBIE: dict[str, Callable[[Random, Corpus], Plan]] = {"zombie": _in_the_middle(signal="STOP")}
+ZOMBIE: dict[str, Callable[[Random, Corpus], Plan]] = {
+    "zombie": _in_the_middle(signal="STOP"),
+    "zombie-returns": _in_the_middle(signal="STOP", then="decode.attaching"),
+    "zombie-mid-layer": _paused("decode.mid_layer"),
+    "zombie-not-committed": _paused("decode.kv_written"),
+    "zombie-not-reported": _paused("decode.committed"),
+    "zombie-last-token": _paused_at_its_last,
+}
 PLANS = {**DECODE_KILL, **PREFILL_KILL, **ZOMBIE}
 
 

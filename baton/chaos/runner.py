@@ -11,7 +11,7 @@ import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,8 @@ class Run:
         crash = self.scenario.crash
         before, _ = await rest(self._lab, self._connection)
         if crash.trigger == "failpoint":
-            self._lab.arm(crash.point, crash.index)
+            self._lab.arm(crash.point, crash.index, crash.signal.lower())
+            self._help(self._watch())
         self._help(self._look())
         self._help(self._on_placement())
         try:
@@ -242,27 +243,39 @@ class Run:
             self._help(self._revive())
 
     async def _revive(self) -> None:
-        """Wakes the paused process while its successor is in the middle of the same streams."""
-        struck = self.outcome.struck_at
-        assert struck is not None
-        mine = [
-            s for s in self.streams if self.outcome.owners.get(s.request_id) in self.outcome.victims
-        ]
-        counts = {s.request_id: len(s.seen) for s in mine}
-        while not any(s.over or len(s.seen) > counts[s.request_id] for s in mine):
-            await asyncio.sleep(POLL_S)
-            if time.monotonic() - struck < 0.2:  # what was on its way when it was stopped
-                counts = {s.request_id: len(s.seen) for s in mine}
+        """Wakes the paused process while its successor is in the middle of the same streams, or
+        once that has died too."""
+        await asyncio.sleep(ON_ITS_WAY_S)  # what it had sent before it was stopped
+        mine = [s for s in self.streams if self.outcome.hit(s) and not s.over]
+        counts = [len(s.seen) for s in mine]
+
+        def taken_over() -> bool:
+            if self.scenario.crash.then:
+                return bool(self._lab.fired())
+            return any(s.over or len(s.seen) > n for s, n in zip(mine, counts, strict=True))
+
+        await _until(lambda: not mine or taken_over())
         view = await self._connection.view()
         if view is not None:
             self.outcome.quarantined = sum(s.pages_quarantined for s in view.stores)
         self._lab.revive()
 
+    async def _watch(self) -> None:
+        """Waits for the failpoint that is the crash."""
+        await _until(lambda: bool(self._lab.fired()))
+        self._note_failpoints()
+        if self.scenario.crash.signal == "STOP":
+            for name in self.outcome.victims:
+                self._lab.note_stopped(name)
+            await self._revive()
+
     def _note_failpoints(self) -> None:
-        for fired in self._lab.fired():
-            self.outcome.victims.append(fired.process)
-            if self.outcome.struck_at is None:
-                self.outcome.struck_at = fired.at
+        """Adds who has reached a failpoint to the victims."""
+        fired = self._lab.fired()
+        noted = len(self.outcome.victims) if self.scenario.crash.trigger == "failpoint" else 0
+        self.outcome.victims.extend(f.process for f in fired[noted:])
+        if fired and self.outcome.struck_at is None:
+            self.outcome.struck_at = fired[0].at
 
     # --- afterwards ---
 
@@ -273,7 +286,9 @@ class Run:
         if before is None or after is None:
             self.outcome.trouble = self.outcome.trouble or "no view"
             return
-        self.outcome.leaked_pages = pages_in_use(after)
+        pages = pages_in_use(after)
+        self.outcome.leaked_pages = max(0, pages - self._lab.leaked)
+        self._lab.leaked = pages
         lived = before.scheduler_pid == after.scheduler_pid
         base = before.requests if lived else cluster_pb2.RequestCounts()
         now = after.requests
@@ -293,3 +308,9 @@ class Run:
         struck = self.outcome.struck_at or 0.0
         late = [s for s in self.streams if not s.times or s.times[0] >= struck]
         return sum(len(s.ask.token_ids) for s in late)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Polls a condition that nothing announces; whoever started it cancels it in time."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(POLL_S)

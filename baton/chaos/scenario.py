@@ -64,6 +64,8 @@ class Crash:
                 raise ValueError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
         if (self.trigger == "failpoint") != bool(self.point):
             raise ValueError("point: belongs to the trigger failpoint, and only to it")
+        if self.then and self.trigger == "failpoint":
+            raise ValueError("then: is armed by a signal, not by another failpoint")
         if self.trigger == "token" and self.index is None:
             raise ValueError("index: the trigger token needs one")
 

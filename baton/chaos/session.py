@@ -173,7 +173,7 @@ class Session:
             f"control {c.guard_off}: {c.counter} stayed 0" for c in self.controls if not c.works
         ]
         found += [miss] if (miss := report.missed(self.results)) else []
-        zombies = [r for r in self.results if r.name == "zombie"]
+        zombies = [r for r in self.results if r.name.startswith("zombie")]
         if zombies and not sum(r.stale_refused for r in zombies):
             found.append("no woken decode was ever refused")
         return found

@@ -25,6 +25,7 @@ from services.kv.layout import PAGE_TOKENS
 from services.ops import lifecycle, log
 from services.ops.errors import BatonError, StaleEpoch
 from services.ops.failpoints import Failpoints
+from services.wire.messages import refusal
 
 _logger = log.get("decode")
 POLL_S = 0.05  # a lost announcement costs at most this
@@ -128,10 +129,7 @@ class DecodeEngine:
 
     def _refuse(self, request_id: str, epoch: int, error: BatonError) -> None:
         _logger.warning("stream refused", request_id=request_id, reason=error.message)
-        refused = control_pb2.Refused(
-            request_id=request_id, epoch=epoch, code=error.code, message=error.message
-        )
-        self._report(control_pb2.WorkerEvent(refused=refused))
+        self._report(refusal(request_id, epoch, error))
 
     # --- streams on their way in ---
 

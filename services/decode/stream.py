@@ -15,6 +15,7 @@ from services.kv.arena import Arena
 from services.kv.identity import RowIdentity
 from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
+from services.kv.verify import verify_rows
 from services.ops.errors import CorruptKv, StaleEpoch
 from services.wire.messages import finish_reason, sampling_params
 
@@ -73,26 +74,20 @@ class DecodeStream:
 
     def _verify_prompt(self, group: int, tokens: int) -> None:
         table = np.array(self.record.prefill_table[: blocks_for(self.prompt)])
-        bad = self._verify(table, group, self.verified[group], tokens)
-        if self.record.first()[0] != self.attempt:
-            return  # prefill has been fenced meanwhile: what was read belongs to nobody
-        if bad >= 0:
-            raise CorruptKv(f"prompt token {bad}, layer group {group}: checksum differs")
+        try:
+            self._verify(table, group, self.verified[group], tokens)
+        except CorruptKv:
+            if self.record.first()[0] != self.attempt:
+                return  # prefill has been fenced meanwhile: what was read belongs to nobody
+            raise
         self.verified[group] = tokens
         self.verified_at.append(
             control_pb2.GroupTime(group=group, tokens=tokens, at=time.monotonic())
         )
 
-    def _verify(self, table: NDArray[np.uint32], group: int, begin: int, end: int) -> int:
-        """The first token of [begin, end) whose K or V is not what its writer stored, or -1."""
-        if begin >= end or "verify" in self.unsafe:
-            return -1
-        positions = np.arange(begin, end, dtype=np.int32)
-        blocks = table[positions // PAGE_TOKENS] + np.uint32(group * self.arena.plan.blocks)
-        bad = self.arena.native.verify_rows(
-            blocks.astype(np.uint32), positions % PAGE_TOKENS, self.identity.seeds[begin:end], group
-        )
-        return begin + int(bad) if bad >= 0 else -1
+    def _verify(self, table: NDArray[np.uint32], group: int, begin: int, end: int) -> None:
+        if "verify" not in self.unsafe:
+            verify_rows(self.arena, table, self.identity, group, begin, end)
 
     def attach(self) -> None:
         """Takes the stream over at its committed step: copies the open tail into pages of this
@@ -116,13 +111,18 @@ class DecodeStream:
             if rows and len(blocks) > end // PAGE_TOKENS and "tail" not in self.unsafe:
                 own = self.arena.page_id(int(blocks[end // PAGE_TOKENS]), group)
                 self.arena.native.copy_rows(self.arena.page_id(source, group), own, rows, group)
-            checked = end if len(blocks) * PAGE_TOKENS >= end else len(blocks) * PAGE_TOKENS
-            bad = -1 if "tail" in self.unsafe else self._verify(blocks, group, begin, checked)
-            if bad >= 0:
-                self.check_epoch()
-                raise CorruptKv(f"generated token {bad}, layer group {group}: checksum differs")
+            self._verify_own(blocks, group, begin, min(end, len(blocks) * PAGE_TOKENS))
         self.record.set_attached(self.epoch)
         self.table = self.arena.table(blocks)
+
+    def _verify_own(self, table: NDArray[np.uint32], group: int, begin: int, end: int) -> None:
+        if "tail" in self.unsafe:
+            return
+        try:
+            self._verify(table, group, begin, end)
+        except CorruptKv:
+            self.check_epoch()  # fenced meanwhile: then the pages may have changed hands
+            raise
 
     # --- while it runs ---
 

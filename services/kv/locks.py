@@ -16,9 +16,13 @@ def _path(arena_dir: Path, worker_id: str) -> Path:
 
 def hold(arena_dir: Path, worker_id: str) -> int:
     """Takes this process's lock; keep the descriptor open for the process's whole life."""
-    fd = os.open(_path(arena_dir, worker_id), os.O_RDWR | os.O_CREAT, 0o660)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
+    path = _path(arena_dir, worker_id)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o660)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if path.exists() and os.fstat(fd).st_ino == path.stat().st_ino:
+            return fd
+        os.close(fd)  # a cleaner took the new file for a dead worker's before it was locked
 
 
 def is_held(arena_dir: Path, worker_id: str) -> bool:
@@ -36,6 +40,17 @@ def is_held(arena_dir: Path, worker_id: str) -> bool:
     return False
 
 
-def forget(arena_dir: Path, worker_id: str) -> None:
-    """Removes the file of a worker that is gone."""
-    _path(arena_dir, worker_id).unlink(missing_ok=True)
+def forget_dead(arena_dir: Path) -> int:
+    """Removes the files of workers that are gone; gives their number."""
+    removed = 0
+    for path in (arena_dir / "locks").iterdir():
+        fd = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            removed += 1
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+    return removed

@@ -7,6 +7,7 @@ import sys
 
 from baton.v1 import store_pb2_grpc
 from services.engine.identity import identify
+from services.kv import locks
 from services.kv_store.config import KvStoreConfig
 from services.kv_store.ingest import Ingest
 from services.kv_store.rpc import KvStoreServicer
@@ -15,12 +16,15 @@ from services.ops import config, lifecycle, log
 from services.wire.rpc import Server
 
 SWEEP_S = 0.1
+FORGET_SWEEPS = 600  # sweeps between two removals of dead workers' lock files
 
 
 async def _sweep(store: KvStore) -> None:
     while True:
-        await asyncio.sleep(SWEEP_S)
-        store.sweep()
+        locks.forget_dead(store.arena.directory)
+        for _ in range(FORGET_SWEEPS):
+            await asyncio.sleep(SWEEP_S)
+            store.sweep()
 
 
 async def serve(settings: KvStoreConfig) -> None:

@@ -221,7 +221,8 @@ class KvStore:
     def invalidate(self, request_id: str, blocks: Sequence[int]) -> int:
         """Takes blocks out of the cache, for good: a rebuild does not find them whole either."""
         stream = self.state.stream(request_id)
-        bad = [stream.decode_table[b] for b in blocks if b < len(stream.decode_table)]
+        table = stream.decode_table or stream.prefill_table
+        bad = [table[b] for b in blocks if b < len(table)]
         self.state.invalidate(bad)
         headers = self.arena.headers.reshape(self.arena.layout.groups, self.arena.plan.blocks)
         headers["tokens"][:, bad] = 0

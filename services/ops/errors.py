@@ -59,10 +59,14 @@ class StaleEpoch(BatonError):
 
 
 class CorruptKv(BatonError):
-    """KV failed verification: it never produces a token."""
+    """KV failed verification: it never produces a token. `block` is the sequence's block at fault."""
 
     code = "DATA_LOSS"
     retryable = True
+
+    def __init__(self, message: str, block: int = 0) -> None:
+        super().__init__(message)
+        self.block = block
 
 
 class LayoutMismatch(BatonError):

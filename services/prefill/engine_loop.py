@@ -16,13 +16,14 @@ from services.kv.arena import Arena
 from services.kv.identity import RowIdentity
 from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
+from services.kv.verify import verify_rows
 from services.ops import lifecycle, log
 from services.ops.errors import BatonError, StaleEpoch
 from services.ops.failpoints import Failpoints
 from services.prefill.config import PrefillConfig
 from services.prefill.handoff import Handoff, LocalHandoff, RemoteHandoff, Sockets
 from services.prefill.state import Chunk, chunks
-from services.wire.messages import finish_reason, sampling_params
+from services.wire.messages import finish_reason, refusal, sampling_params
 
 _logger = log.get("prefill")
 
@@ -99,14 +100,7 @@ class PrefillEngine:
         sockets.close()
 
     def _refuse(self, command: control_pb2.ExecutePrefill, error: BatonError) -> None:
-        self._report(
-            control_pb2.WorkerEvent(
-                refused=control_pb2.Refused(
-                    request_id=command.request_id, epoch=command.attempt, code=error.code,
-                    message=error.message,
-                )
-            )
-        )  # fmt: skip
+        self._report(refusal(command.request_id, command.attempt, error))
 
     def _prefill(self, job: Job, sockets: Sockets) -> None:
         command = job.command
@@ -121,8 +115,11 @@ class PrefillEngine:
             return
         tokens = np.array(record.tokens[:prompt])
         identity = RowIdentity(record.root, tokens, prompt)
-        table = self._arena.table(np.array(record.prefill_table[: blocks_for(prompt)]))
+        blocks = np.array(record.prefill_table[: blocks_for(prompt)])
+        table = self._arena.table(blocks)
         start = record.ready_tokens()
+        for group in range(self._arena.layout.groups):  # cached, or another attempt's
+            verify_rows(self._arena, blocks, identity, group, 0, start)
         if isinstance(handoff, RemoteHandoff) and start:
             for group in range(self._arena.layout.groups):
                 handoff.ready(group, start)  # what this arena had cached and the other lacks

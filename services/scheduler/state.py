@@ -600,10 +600,19 @@ class SchedulerState:
             self.ensure(request, now)
         elif refused.code in ("DATA_LOSS", "UNAVAILABLE"):
             self._interrupted(request, now, refused.code)
+            self._invalidate(request, refused.bad_blocks)
             self.compute_again(request, now, fresh=refused.code == "DATA_LOSS")
         else:
             self._fail(request, now, refused.code, refused.message, retryable=False)
         return self._drain()
+
+    def _invalidate(self, request: Request, blocks: Sequence[int]) -> None:
+        """Nobody finds these blocks in the cache again."""
+        if not blocks:
+            return
+        message = store_pb2.InvalidateRequest(request_id=request.request_id, blocks=blocks)
+        for store in request.stores:
+            self._call(request, store, "Invalidate", message)
 
     # --- the end ---
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from baton.v1 import control_pb2, inference_pb2
 from services.engine.sampling import SamplingParams
+from services.ops.errors import BatonError, CorruptKv
 
 
 def sampling_params(message: control_pb2.ResolvedSampling) -> SamplingParams:
@@ -15,6 +16,16 @@ def sampling_params(message: control_pb2.ResolvedSampling) -> SamplingParams:
         seed=message.seed,
         logprobs=message.logprobs,
     )
+
+
+def refusal(request_id: str, epoch: int, error: BatonError) -> control_pb2.WorkerEvent:
+    """A worker's word that it cannot go on, and why."""
+    refused = control_pb2.Refused(
+        request_id=request_id, epoch=epoch, code=error.code, message=error.message
+    )
+    if isinstance(error, CorruptKv):
+        refused.bad_blocks.append(error.block)
+    return control_pb2.WorkerEvent(refused=refused)
 
 
 def finish_reason(
