@@ -480,11 +480,11 @@ class SchedulerState:
     ) -> list[Instruction]:
         for stream in step.streams:
             request = self.requests.get(stream.request_id)
-            if request is None or request.phase is not Phase.RUNNING:
-                continue
-            stale = stream.epoch != request.epoch or worker_id != request.decode_worker
-            if stale and "epoch" not in self.config.unsafe:
-                self.counts.stale_epoch_refused += 1
+            running = request is not None and request.phase is Phase.RUNNING
+            if request is None or not running or self._stale(request, worker_id, stream.epoch):
+                self.counts.stale_epoch_refused += running
+                if stream.finish:  # it has come to its end there, and is let go of
+                    self._retire(stream.request_id, worker_id)
                 continue
             if stream.tokens:
                 request.prefill_done = True
@@ -495,6 +495,11 @@ class SchedulerState:
                     break
             self._after_tokens(request, now, stream.finish, worker_id)
         return self._drain()
+
+    def _stale(self, request: Request, worker_id: str, epoch: int) -> bool:
+        if "epoch" in self.config.unsafe:
+            return False
+        return epoch != request.epoch or worker_id != request.decode_worker
 
     def _resumed(self, request: Request, now: float) -> None:
         if request.interrupted_at is not None:
