@@ -28,8 +28,8 @@ POLL_S = 0.01
 
 
 @dataclass(frozen=True)
-class Fired:
-    """A failpoint that was reached: by whom, and when on this machine's monotonic clock."""
+class Death:
+    """Which process died (or was paused), and when on this machine's monotonic clock."""
 
     process: str
     at: float
@@ -44,6 +44,7 @@ class Lab:
         self.spec = dataclasses.replace(spec, failpoints=str(self._failpoints))
         self.handle = SupervisorHandle.start(self.spec)
         self._stopped: set[str] = set()
+        self._wall_offset = time.time() - time.monotonic()
         self.leaked = 0  # pages that an earlier run has left behind
 
     def __enter__(self) -> Lab:
@@ -69,13 +70,13 @@ class Lab:
         temporary.write_text(json.dumps(value))
         temporary.replace(self._failpoints / f"{point}@1.json")
 
-    def fired(self) -> list[Fired]:
-        """Failpoints that were reached since `disarm()`, oldest first."""
-        offset = time.time() - time.monotonic()
+    def fired(self) -> list[Death]:
+        """Who has reached a failpoint since `disarm()`, the first one first."""
+        offset = self._wall_offset
         found = []
         for path in self._failpoints.glob("*.fired-*"):
             process = path.name.rpartition(".fired-")[2].rpartition("-")[0]
-            found.append(Fired(process, path.stat().st_ctime - offset))
+            found.append(Death(process, path.stat().st_ctime - offset))
         return sorted(found, key=lambda fired: fired.at)
 
     def disarm(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from baton.chaos.judge import PromptWork, stall_s
-from baton.chaos.lab import POLL_S, Connection, Lab, pages_in_use, rest
+from baton.chaos.lab import POLL_S, Connection, Death, Lab, pages_in_use, rest
 from baton.chaos.scenario import Ask, Scenario
 from baton.v1 import cluster_pb2, inference_pb2
 
@@ -42,6 +42,10 @@ class Stream:
     story: list[str] = field(default_factory=list)
     resumed: int = 0
     over: bool = False
+
+    @property
+    def timing(self) -> inference_pb2.Timing | None:
+        return None if self.finished is None else self.finished.timing
 
     @property
     def next_index(self) -> int:
@@ -76,8 +80,7 @@ class Outcome:
 
     scenario: Scenario
     streams: list[Stream]
-    victims: list[str] = field(default_factory=list)
-    struck_at: float | None = None
+    deaths: list[Death] = field(default_factory=list)  # pauses, too
     owners: dict[str, str] = field(default_factory=dict)  # request id -> decode, when first seen
     work: PromptWork | None = None
     stale_refused: int = 0
@@ -87,33 +90,39 @@ class Outcome:
     leaked_pages: int = 0
 
     @property
+    def struck(self) -> bool:
+        return bool(self.deaths)
+
+    @property
     def reached(self) -> bool:
         """Whether everything that was to die has died."""
         crash = self.scenario.crash
-        return len(self.victims) >= 1 + bool(crash.also or crash.then)
+        return len(self.deaths) >= 1 + bool(crash.also or crash.then)
+
+    def hit_at(self, stream: Stream) -> float | None:
+        """When the process that worked for this stream died; None when it has not."""
+        owner = self.owners.get(stream.request_id)
+        breaks = {"scheduler"} if self.scenario.crash.kills_scheduler else set()
+        if not self.scenario.crash.spares_the_prompt:
+            breaks.add("prefill-0")
+        return min((d.at for d in self.deaths if d.process in {owner, *breaks}), default=None)
 
     def streams_hit(self) -> int:
-        """Streams that were going on where the crash struck; of prefill: those without a token."""
-        struck = self.struck_at
-        if struck is None:
-            return 0
-        if self.scenario.crash.spares_the_prompt:
-            going_on = [s for s in self.streams if not s.times or s.times[-1] > struck]
-            return sum(self.hit(stream) for stream in going_on)
-        return sum(not s.times or s.times[0] > struck for s in self.streams)
+        """Streams that were going on when what worked for them died; prefill makes one token."""
+        works_until = -1 if self.scenario.crash.spares_the_prompt else 0
+        pairs = [(stream.times, self.hit_at(stream)) for stream in self.streams]
+        return sum(at is not None and (not t or t[works_until] > at) for t, at in pairs)
 
     def stalls_ms(self) -> list[float]:
-        """The pause of each stream that was running on a process that died (or: was cut off)."""
-        if self.struck_at is None:
-            return []
-        found = [stall_s(s.times, self.struck_at) for s in self.streams if self.hit(s)]
+        """The pause of each stream that was interrupted between two tokens."""
+        found = []
+        for stream in self.streams:
+            at, timing = self.hit_at(stream), stream.timing
+            spared = timing is not None and not timing.takeovers  # all its tokens were on their way
+            if at is None or (spared and not self.scenario.crash.kills_scheduler):
+                continue
+            found.append(stall_s(stream.times, at))
         return [gap * 1e3 for gap in found if gap is not None]
-
-    def hit(self, stream: Stream) -> bool:
-        """Whether what ran this stream has died."""
-        if self.scenario.crash.kills_scheduler:
-            return True
-        return self.owners.get(stream.request_id) in self.victims
 
 
 class Run:
@@ -187,9 +196,9 @@ class Run:
 
     async def _look(self) -> None:
         """Keeps the owners known from before the crash until every request has one."""
-        while self.outcome.struck_at is None:
+        while not self.outcome.struck:
             view = await self._connection.view()
-            if view is not None and self.outcome.struck_at is None:
+            if view is not None and not self.outcome.struck:
                 self._read_owners(view)
             if len(self.outcome.owners) == len(self.streams):
                 return
@@ -220,7 +229,7 @@ class Run:
     async def _on_token(self, stream: Stream, index: int) -> None:
         crash = self.scenario.crash
         due = crash.trigger == "token" and stream is self.streams[crash.stream]
-        if due and self.outcome.struck_at is None and index >= (crash.index or 0):
+        if due and not self.outcome.struck and index >= (crash.index or 0):
             await self._placed.wait()
             self._strike()
 
@@ -235,10 +244,10 @@ class Run:
             self._lab.arm(crash.then)
         victim = self._victim()
         names = [victim, self._lab.process_of(crash.also)] if crash.also else [victim]
-        self.outcome.struck_at = time.monotonic()
+        now = time.monotonic()
         for name in names:
             self._lab.signal(name, _SIGNALS[crash.signal])
-        self.outcome.victims.extend(names)
+        self.outcome.deaths.extend(Death(name, now) for name in names)
         if crash.signal == "STOP":
             self._help(self._revive())
 
@@ -246,7 +255,7 @@ class Run:
         """Wakes the paused process while its successor is in the middle of the same streams, or
         once that has died too."""
         await asyncio.sleep(ON_ITS_WAY_S)  # what it had sent before it was stopped
-        mine = [s for s in self.streams if self.outcome.hit(s) and not s.over]
+        mine = [s for s in self.streams if self.outcome.hit_at(s) and not s.over]
         counts = [len(s.seen) for s in mine]
 
         def taken_over() -> bool:
@@ -265,17 +274,13 @@ class Run:
         await _until(lambda: bool(self._lab.fired()))
         self._note_failpoints()
         if self.scenario.crash.signal == "STOP":
-            for name in self.outcome.victims:
-                self._lab.note_stopped(name)
+            for death in self.outcome.deaths:
+                self._lab.note_stopped(death.process)
             await self._revive()
 
     def _note_failpoints(self) -> None:
-        """Adds who has reached a failpoint to the victims."""
-        fired = self._lab.fired()
-        noted = len(self.outcome.victims) if self.scenario.crash.trigger == "failpoint" else 0
-        self.outcome.victims.extend(f.process for f in fired[noted:])
-        if fired and self.outcome.struck_at is None:
-            self.outcome.struck_at = fired[0].at
+        """Adds who has reached a failpoint to the deaths."""
+        self.outcome.deaths.extend(d for d in self._lab.fired() if d not in self.outcome.deaths)
 
     # --- afterwards ---
 
@@ -305,7 +310,7 @@ class Run:
     def _late(self) -> int:
         """Prompt tokens that a scheduler which came back may still have seen computed: those of the
         requests that had given no token when its predecessor died."""
-        struck = self.outcome.struck_at or 0.0
+        struck = min((death.at for death in self.outcome.deaths), default=0.0)
         late = [s for s in self.streams if not s.times or s.times[0] >= struck]
         return sum(len(s.ask.token_ids) for s in late)
 

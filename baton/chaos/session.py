@@ -210,7 +210,8 @@ class Session:
 
 def _line(outcome: Outcome, result: Result) -> str:
     stalls = "/".join(f"{ms:.0f}" for ms in result.stalls_ms) or "none"
-    return f"killed {'+'.join(outcome.victims) or 'nobody'}, stalls {stalls} ms: {result.why()}"
+    dead = "+".join(death.process for death in outcome.deaths) or "nobody"
+    return f"killed {dead}, stalls {stalls} ms: {result.why()}"
 
 
 def say(line: str) -> None:
