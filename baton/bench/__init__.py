@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`baton bench handoff`: the only one so far."""
-    from baton.bench import handoff
+    """Dispatches to one of the benchmarks by name."""
+    from baton.bench import handoff, journal
 
-    benches: dict[str, Callable[[Sequence[str]], int]] = {"handoff": handoff.main}
+    benches: dict[str, Callable[[Sequence[str]], int]] = {
+        "handoff": handoff.main,
+        "journal": journal.main,
+    }
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] not in benches:
         print(f"usage: baton bench {{{','.join(benches)}}} [options]", file=sys.stderr)

@@ -344,9 +344,20 @@ class Walk:
 
     world: World = field(default_factory=World)
     opened: int = 0
+    story: list[str] = field(default_factory=list)
 
     def step(self, choose: Choose) -> None:
-        choose(self.acts())(choose)
+        """One event, and all that must hold after it."""
+        act = choose(self.acts())
+        chosen: list[str] = [act.__name__]
+        self.story.append(act.__name__)
+
+        def noting(options: Sequence[Any]) -> Any:
+            chosen.append(str(choice := choose(options)))
+            self.story[-1] = " ".join(chosen)
+            return choice
+
+        act(noting)
         self.world.check()
 
     def end(self) -> None:
