@@ -10,7 +10,9 @@ STAMPS := $(VENV)/.made
 PROTOS  := $(wildcard proto/baton/v1/*.proto)
 NATIVE  := $(wildcard native/*)
 
-.PHONY: run test lint format types check build clean compose-test
+FORCE:
+
+.PHONY: FORCE run test lint format types check build clean compose-test
 
 run: build
 	$(BIN)/python scripts/run_demo.py
@@ -47,7 +49,12 @@ $(STAMPS)/proto: $(PROTOS) $(STAMPS)/venv pyproject.toml
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 	@touch $@
 
-$(STAMPS)/native: $(STAMPS)/proto $(NATIVE) CMakeLists.txt pyproject.toml
+# An editable install knows its modules by name: it is made again when one comes or goes.
+$(STAMPS)/modules: $(STAMPS)/proto FORCE
+	@find baton services policies -name '*.py' | sort | cmp -s - $@ || \
+	    find baton services policies -name '*.py' | sort > $@
+
+$(STAMPS)/native: $(STAMPS)/proto $(STAMPS)/modules $(NATIVE) CMakeLists.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 

@@ -10,9 +10,11 @@ namespace baton {
 constexpr int kPageTokens = 64;
 constexpr uint32_t kPageMagic = 0x31475042;  // "BPG1"
 
-enum PageState : uint32_t { kFree = 0, kOpen = 1, kSealed = 2, kQuarantined = 3 };
+enum PageState : uint32_t { kFree = 0, kOpen = 1, kSealed = 2 };
 
-// 320 bytes, five cache lines. Written by the page's one writer; `state` last, with release.
+// 384 bytes, six cache lines. Seals are written by the page's one writer, `state` last, with release.
+// `owner`, `writer` and `quarantined` are the kv-store's own: a writer that wakes up late and seals a
+// page that was taken from it cannot make it look trustworthy.
 struct PageHeader {
   uint32_t magic;
   uint16_t version;
@@ -20,15 +22,17 @@ struct PageHeader {
   uint32_t state;
   uint32_t epoch;
   uint64_t owner;        // slot of the stream record that leased it, plus one
-  unsigned char key[16]; // sealed: chained hash of the tokens; quarantined: the fenced writer
+  unsigned char key[16]; // sealed: chained hash of the tokens
   uint32_t tokens;
   uint32_t checksum;     // sealed: CRC32C over row_crc
   uint32_t block;
-  uint32_t reserved;
+  uint32_t quarantined;
   uint64_t stamp;        // last use, for eviction after a restart
+  unsigned char writer[16];  // the worker that may write the page
+  unsigned char padding[48];
   uint32_t row_crc[kPageTokens];
 };
-static_assert(sizeof(PageHeader) == 320, "five cache lines");
+static_assert(sizeof(PageHeader) == 384, "six cache lines");
 
 struct Geometry {
   size_t header_offset, pages_offset, page_bytes, page_count;

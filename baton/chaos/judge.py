@@ -19,6 +19,7 @@ class Verdict:
     mismatched: int = 0  # events whose token is not the undisturbed run's, or that it has not got
     disordered: int = 0  # events that came before an earlier index
     bad_endings: int = 0  # streams without exactly one final event, or with the wrong one
+    broken_streams: int = 0  # whose call ended early although its scheduler lived
     prompt_tokens_recomputed: int = 0
     leaked_pages: int = 0
 

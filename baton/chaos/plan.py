@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -21,6 +22,7 @@ _MODULES = (argparse, inspect, json.decoder, textwrap, threading)
 PAGE_TOKENS = 64
 STREAMS_MIN, STREAMS_MAX = 4, 6
 NEW_MIN, NEW_MAX = 40, 160
+SUSPECT_MS = 700  # the scheduler's default
 
 Plan = tuple[Sequence[Ask], Crash]
 Corpus = Sequence[int]
@@ -77,7 +79,7 @@ def _random(rng: Random, corpus: Corpus) -> Plan:
     return asks, Crash("token", stream, index, victim=rng.choice(("owner", "busiest")))
 
 
-def _in_the_middle(**more: str) -> Callable[[Random, Corpus], Plan]:
+def _in_the_middle(**more: Any) -> Callable[[Random, Corpus], Plan]:
     """A kill when one stream is well under way, with something more."""
 
     def plan(rng: Random, corpus: Corpus) -> Plan:
@@ -147,6 +149,14 @@ def _paused_at_its_last(rng: Random, corpus: Corpus) -> Plan:
     return [first, *asks[1:]], crash
 
 
+def _paused_for_a_while(rng: Random, corpus: Corpus) -> Plan:
+    """A decode that wakes up in the moment in which it is being replaced."""
+    asks, crash = _paused_at_its_last(rng, corpus)
+    if rng.random() < 0.5:
+        crash = dataclasses.replace(crash, index=rng.randint(10, 60))
+    return asks, dataclasses.replace(crash, pause_ms=rng.randint(SUSPECT_MS - 100, SUSPECT_MS + 30))
+
+
 def _while_prefilling(victim: str) -> Callable[[Random, Corpus], Plan]:
     def plan(rng: Random, corpus: Corpus) -> Plan:
         count = rng.randint(STREAMS_MIN, STREAMS_MAX)
@@ -194,6 +204,7 @@ ZOMBIE: dict[str, Callable[[Random, Corpus], Plan]] = {
     "zombie-not-committed": _paused("decode.kv_written"),
     "zombie-not-reported": _paused("decode.committed"),
     "zombie-last-token": _paused_at_its_last,
+    "zombie-wakes": _paused_for_a_while,
 }
 PLANS = {**DECODE_KILL, **PREFILL_KILL, **ZOMBIE}
 

@@ -30,6 +30,7 @@ class Result:
     only_a_decode: bool = True  # has died, and everything else lives
     trouble: str = ""
     stale_refused: int = 0
+    false_suspicions: int = 0  # of processes that were only slow; a pause on purpose counts too
     quarantined: int = 0
     replay: str = ""  # the command, for a run that failed
 

@@ -40,7 +40,7 @@ class Stream:
     endings: list[str] = field(default_factory=list)
     finished: inference_pb2.Finished | None = None
     story: list[str] = field(default_factory=list)
-    resumed: int = 0
+    breaks: int = 0  # times that the call ended without a final event
     over: bool = False
 
     @property
@@ -84,7 +84,7 @@ class Outcome:
     owners: dict[str, str] = field(default_factory=dict)  # request id -> decode, when first seen
     work: PromptWork | None = None
     stale_refused: int = 0
-    absorbed: int = 0
+    false_suspicions: int = 0
     quarantined: int = 0  # pages, the most that was seen
     trouble: str = ""  # why the cluster did not come to rest
     leaked_pages: int = 0
@@ -155,7 +155,9 @@ class Run:
             self._lab.revive()
             for helper in self._helpers:
                 helper.cancel()
-        await asyncio.gather(*self._helpers, return_exceptions=True)
+        for done in await asyncio.gather(*self._helpers, return_exceptions=True):
+            if isinstance(done, Exception):  # not that it has been cancelled
+                raise done
         self._note_failpoints()
         after, self.outcome.trouble = await rest(self._lab, self._connection)
         self._lab.disarm()
@@ -180,13 +182,14 @@ class Run:
                 if error.code() not in _BROKEN:
                     stream.endings.append(error.code().name)
                     stream.story.append(str(error.details()))
+            if not stream.endings:
+                stream.breaks += 1
                 await asyncio.sleep(RETRY_S)
         stream.over = True
 
     def _open(self, stream: Stream, timeout: float) -> grpc.aio.UnaryStreamCall:
         if not stream.seen:
             return self._connection.inference.Generate(stream.body(), timeout=timeout)
-        stream.resumed += 1
         request = inference_pb2.ResumeRequest(
             request_id=stream.request_id, from_index=stream.next_index
         )
@@ -252,8 +255,12 @@ class Run:
             self._help(self._revive())
 
     async def _revive(self) -> None:
-        """Wakes the paused process while its successor is in the middle of the same streams, or
-        once that has died too."""
+        """Wakes the paused process: after a time, or while its successor is in the middle of the
+        same streams, or once that has died too."""
+        if pause_ms := self.scenario.crash.pause_ms:
+            await asyncio.sleep(pause_ms / 1e3)
+            self._lab.revive()
+            return
         await asyncio.sleep(ON_ITS_WAY_S)  # what it had sent before it was stopped
         mine = [s for s in self.streams if self.outcome.hit_at(s) and not s.over]
         counts = [len(s.seen) for s in mine]
@@ -298,7 +305,7 @@ class Run:
         base = before.requests if lived else cluster_pb2.RequestCounts()
         now = after.requests
         self.outcome.stale_refused = now.stale_epoch_refused - base.stale_epoch_refused
-        self.outcome.absorbed = now.duplicate_tokens_absorbed - base.duplicate_tokens_absorbed
+        self.outcome.false_suspicions = now.false_suspicions - base.false_suspicions
         usages = [s.finished.usage for s in self.streams if s.finished is not None]
         self.outcome.work = PromptWork(
             computed=now.prompt_tokens_computed - base.prompt_tokens_computed,

@@ -51,6 +51,7 @@ class Crash:
     signal: str = "KILL"
     also: str = ""  # the role of a process that dies in the same moment
     then: str = ""  # a failpoint for whoever takes over, armed with the first death
+    pause_ms: int = 0  # of a STOP; 0: until another process has taken over
 
     def __post_init__(self) -> None:
         known = (

@@ -21,7 +21,7 @@ from baton.chaos.reference import ReferenceProcess
 from baton.chaos.report import Control, Result
 from baton.chaos.runner import Outcome, Run
 from baton.chaos.scenario import Scenario
-from baton.cluster import ClusterSpec
+from baton.cluster import ClusterSpec, default_model
 
 CONTROL_RUNS_MAX = 5
 # counter -> (guards off, what dies). Each must make its counter move.
@@ -112,6 +112,8 @@ class Session:
         verdict = Verdict(leaked_pages=outcome.leaked_pages)
         for stream, tokens in zip(outcome.streams, expected, strict=True):
             verdict += judge_stream(stream.seen, stream.endings, tokens)
+            if stream.breaks and not scenario.crash.kills_scheduler:
+                verdict += Verdict(broken_streams=1)
         if outcome.work is not None and scenario.crash.spares_the_prompt:
             verdict += Verdict(prompt_tokens_recomputed=recomputed(outcome.work))
         result = Result(
@@ -129,7 +131,16 @@ class Session:
         for stream in outcome.streams:
             if stream.story:
                 say(f"  {stream.request_id}: {stream.endings} {stream.story}")
-        return dataclasses.replace(result, replay=f"baton chaos replay {path}")
+        return dataclasses.replace(result, replay=self._replay(path))
+
+    def _replay(self, path: Path) -> str:
+        """The command that performs a recording again as it was performed here."""
+        words = ["baton chaos replay", str(path)]
+        if self.settings.medium != "shm":
+            words.append(f"--medium {self.settings.medium}")
+        if self.settings.model != default_model():
+            words.append(f"--model {self.settings.model}")
+        return " ".join(words)
 
     # --- controls ---
 
@@ -189,11 +200,13 @@ class Session:
             **{name: getattr(counts, name) for name in report.ZEROS},
             "disordered": counts.disordered,
             "bad_endings": counts.bad_endings,
+            "broken_streams": counts.broken_streams,
             "leaked_pages": counts.leaked_pages,
             "streams": sum(r.streams for r in self.results),
             "streams_hit": sum(r.hit for r in self.results),
             "interrupted_streams": sum(len(r.stalls_ms) for r in self.results),
             "stale_epoch_refused": sum(r.stale_refused for r in self.results),
+            "false_suspicions": sum(r.false_suspicions for r in self.results),
             "quarantined_pages_max": max((r.quarantined for r in self.results), default=0),
             **report.paired(self.results, self.reprefilled),
             "scenarios": report.table(self.results),

@@ -24,9 +24,9 @@ from services import _native
 from services.kv.layout import PAGE_TOKENS, KvLayout, blocks_for
 from services.ops.errors import ConfigError, LayoutMismatch, Unavailable
 
-MAGIC = b"BATONKV2"
+MAGIC = b"BATONKV3"
 SUPERBLOCK_BYTES = 4096
-FREE, OPEN, SEALED, QUARANTINED = range(4)
+FREE, OPEN, SEALED = range(3)
 
 HEADER = np.dtype(
     [
@@ -40,8 +40,10 @@ HEADER = np.dtype(
         ("tokens", "<u4"),
         ("checksum", "<u4"),
         ("block", "<u4"),
-        ("reserved", "<u4"),
+        ("quarantined", "<u4"),
         ("stamp", "<u8"),
+        ("writer", "V16"),
+        ("padding", "V48"),
         ("row_crc", "<u4", (PAGE_TOKENS,)),
     ]
 )

@@ -43,12 +43,16 @@ assert _FIXED.itemsize == 512
 _COMMIT, _FIRST, _ATTACHED, _PLAN = range(4)
 FREE, ACTIVE, RESTING = range(3)  # resting: closed, but a fenced writer may still be there
 NO_BLOCK = 0xFFFFFFFF
+FENCED_MAX = (
+    16  # a stream that has been moved more often forgets its oldest writers after a restart
+)
 
 
 def plan_dtype(max_context: int) -> np.dtype[np.void]:
     """Who works on the stream and in which blocks; two copies, of which a word names the valid one.
 
     table_epoch: the decode epoch that these tables were made for.
+    fenced: former writers that have not said Stopped; in a resting record, all that are waited for.
     tail_source: the block whose first `tail_rows` rows that epoch has to copy, or NO_BLOCK.
     """
     blocks = blocks_for(max_context)
@@ -56,6 +60,7 @@ def plan_dtype(max_context: int) -> np.dtype[np.void]:
         [
             ("prefill_writer", "S40"),
             ("decode_writer", "S40"),
+            ("fenced", "S40", (FENCED_MAX,)),
             ("table_epoch", "<u4"),
             ("cached_tokens", "<u4"),
             ("tail_rows", "<u4"),
@@ -127,10 +132,11 @@ class StreamRecord:
         return plan
 
     def write_plan(self, **fields: object) -> None:
-        """Replaces the plan in one step: whoever reads, even after a crash, sees the old one or the
-        new one. Tables may be shorter than the room for them."""
+        """Changes fields of the plan in one step: whoever reads, even after a crash, sees the old one
+        or the new one. Tables may be shorter than the room for them."""
         following = (self._words.load(_PLAN) + 1) & 1
         plan = self._view["plans"][following, ...]
+        plan[...] = self.plan()
         for name, value in fields.items():
             if isinstance(value, list):
                 plan[name][: len(value)] = value

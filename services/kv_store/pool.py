@@ -64,6 +64,13 @@ class BlockPool:
                 return list(range(start, start + count))
         return []
 
+    def hand_on(self, block: int, writer: str) -> None:
+        """Another may write a leased block, once its former writer is gone."""
+        assert block in self.leases, f"block {block} is not leased"
+        self.writers[block] = writer
+        self.changed.add(block)
+        self.taken.add(block)
+
     def share(self, block: int) -> None:
         """One more holder of a leased block."""
         assert block in self.leases, f"block {block} is not leased"

@@ -37,8 +37,7 @@ def rebuild(arena: Arena) -> KvState:
             state.streams[stream.request_id] = stream
         elif record.number("state") == RESTING:
             request_id = record.text("request_id")
-            writers = {record.text("prefill_writer"), record.text("decode_writer")}
-            state.resting_slots[slot] = {(request_id, writer) for writer in writers - {""}}
+            state.resting_slots[slot] = {(request_id, writer) for writer in _fenced(record)}
     _restore_leases(state, headers)
     _restore_quarantine(arena, state, headers)
     pool.free = set(range(pool.total)) - set(pool.leases) - set(pool.quarantined)
@@ -62,11 +61,17 @@ def _stream(record: StreamRecord, headers: Headers) -> Stream:
         cached_blocks=int(plan["cached_tokens"]) // PAGE_TOKENS,
         tail_source=None if tail_source == NO_BLOCK else tail_source,
         tail_rows=int(plan["tail_rows"]), table_epoch=int(plan["table_epoch"]),
+        fenced=_fenced(record),
     )  # fmt: skip
     known = set(stream.blocks())
     mine = (headers["owner"][0] == record.slot + 1) & (headers["state"][0] == pages.OPEN)
+    mine &= (headers["quarantined"] == 0).all(axis=0)
     stream.held = [block for block in np.flatnonzero(mine).tolist() if block not in known]
     return stream
+
+
+def _fenced(record: StreamRecord) -> set[str]:
+    return {bytes(name).rstrip(b"\0").decode() for name in record.plan()["fenced"]} - {""}
 
 
 def _restore_leases(state: KvState, headers: Headers) -> None:
@@ -79,22 +84,20 @@ def _restore_leases(state: KvState, headers: Headers) -> None:
             elif (headers["state"][:, block] != pages.SEALED).any():
                 prefills = block in stream.prefill_table
                 pool.writers[block] = stream.prefill_writer if prefills else stream.decode_writer
-            stream.fenced.add(pool.writers.get(block, ""))
-        stream.fenced -= {"", stream.prefill_writer, stream.decode_writer}
 
 
 def _writer(headers: Headers, block: int) -> str:
-    key = headers["key"][0, block].tobytes()
-    return key.hex() if any(key) else ""
+    writer = headers["writer"][0, block].tobytes()
+    return writer.hex() if any(writer) else ""
 
 
 def _restore_quarantine(arena: Arena, state: KvState, headers: Headers) -> None:
-    held_back = (headers["state"] == pages.QUARANTINED).any(axis=0)
+    held_back = (headers["quarantined"] == 1).any(axis=0)
     for block in np.flatnonzero(held_back).tolist():
         if block in state.pool.leases:
             continue
-        group = int(np.flatnonzero(headers["state"][:, block] == pages.QUARANTINED)[0])
-        writer = headers["key"][group, block].tobytes().hex()
+        group = int(np.flatnonzero(headers["quarantined"][:, block])[0])
+        writer = headers["writer"][group, block].tobytes().hex()
         owner = int(headers["owner"][group, block]) - 1
         request_id = StreamRecord(arena, owner).text("request_id") if owner >= 0 else ""
         state.pool.quarantined[block] = Quarantine(writer, request_id)
@@ -102,11 +105,14 @@ def _restore_quarantine(arena: Arena, state: KvState, headers: Headers) -> None:
 
 def _restore_index(arena: Arena, state: KvState, headers: Headers) -> None:
     """A block is cached when all its pages are sealed under one key with an intact checksum, and no
-    stream is still at work on it: those are published by their streams."""
+    stream is still at work on it."""
     pool = state.pool
-    working = {b for s in state.streams.values() for b in s.blocks()} - {
-        b for s in state.streams.values() for b in s.prefill_table[: s.cached_blocks]
-    }
+    working = {b for s in state.streams.values() for b in s.blocks()}
+    for stream in state.streams.values():
+        done = StreamRecord(arena, stream.slot).first()[1]  # prefill writes no more
+        working -= set(
+            stream.prefill_table[: stream.prompt_blocks if done else stream.cached_blocks]
+        )
     sealed = (headers["state"] == pages.SEALED).all(axis=0)
     same = (headers["key"] == headers["key"][0]).all(axis=0)
     whole = (headers["tokens"] == PAGE_TOKENS).all(axis=0)

@@ -58,5 +58,4 @@ class KvStoreServicer(store_pb2_grpc.KvStoreServicer):  # type: ignore[misc]
 
     @unary
     async def Retire(self, request: Any, context: Any) -> store_pb2.RetireResponse:
-        pages = self._store.sweep((request.request_id, request.writer))
-        return store_pb2.RetireResponse(pages=pages)
+        return store_pb2.RetireResponse(pages=self._store.retire(request))

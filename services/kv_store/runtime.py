@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from services.kv import locks
 from services.kv.arena import Arena, create_arena, plan_arena
 from services.kv.identity import block_keys, root_key
 from services.kv.layout import PAGE_TOKENS
-from services.kv.record import FREE, NO_BLOCK, RESTING, StreamRecord, record_dtype
+from services.kv.record import FENCED_MAX, FREE, NO_BLOCK, RESTING, StreamRecord, record_dtype
 from services.kv_store.config import KvStoreConfig
 from services.kv_store.index import PrefixIndex
 from services.kv_store.pool import BlockPool
@@ -163,8 +163,10 @@ class KvStore:
         return start, lost
 
     def publish(self, request_id: str) -> int:
+        """Shares the prompt's complete blocks; before prefill is done, nothing."""
         stream = self.state.stream(request_id)
-        ready = StreamRecord(self.arena, stream.slot).ready_tokens()
+        record = StreamRecord(self.arena, stream.slot)
+        ready = record.ready_tokens() if record.first()[1] else 0
         return len(self.state.publish(request_id, ready))
 
     def read(self, request_id: str) -> store_pb2.ReadStreamResponse:
@@ -197,7 +199,9 @@ class KvStore:
             may_write=lambda writer: writer in live and self._may_write(writer),
         )  # fmt: skip
         self._write_headers(stream)
-        record.set_state(RESTING if stream.slot in self.state.resting_slots else FREE)
+        waiting = self.state.resting_slots.get(stream.slot, set())
+        record.write_plan(fenced=_fenced(writer for _, writer in waiting))
+        record.set_state(RESTING if waiting else FREE)
         return True
 
     def _complete_keys(self, stream: Stream, record: StreamRecord) -> list[bytes]:
@@ -229,15 +233,36 @@ class KvStore:
         self._write_headers(stream)
         return len(bad)
 
-    def sweep(self, stopped: tuple[str, str] | None = None) -> int:
-        """Frees what was waiting for a writer that is gone now, or has `stopped`."""
-        if not self.state.pool.quarantined and not self.state.resting_slots:
+    def retire(self, request: store_pb2.RetireRequest) -> int:
+        """A writer lets go of one request, or of all but those it still works on."""
+        if request.request_id:
+            return self.sweep(stopped=(request.request_id, request.writer))
+        return self.sweep(idle=(request.writer, frozenset(request.still_running)))
+
+    def sweep(
+        self, stopped: tuple[str, str] | None = None,
+        idle: tuple[str, frozenset[str]] | None = None,
+    ) -> int:  # fmt: skip
+        """Frees what was waiting for a writer that is gone now, has `stopped` or is `idle`."""
+        nothing = not self.state.pool.quarantined and not self.state.resting_slots
+        if nothing and stopped is None and idle is None:
             return 0
-        blocks, slots = self.state.sweep(self._may_write, stopped)
+        before = {s.slot: set(s.fenced) for s in self.state.streams.values()}
+        before |= {slot: {w for _, w in who} for slot, who in self.state.resting_slots.items()}
+        blocks, slots = self.state.sweep(self._may_write, stopped, idle)
+        self._write_fenced(before)
         self._write_headers(None)
         for slot in slots:
             StreamRecord(self.arena, slot).set_state(FREE)
         return len(blocks) * self.arena.layout.groups
+
+    def _write_fenced(self, before: dict[int, set[str]]) -> None:
+        """Brings the records of those whose waiting has changed up to the state."""
+        after = {s.slot: s.fenced for s in self.state.streams.values()}
+        after |= {slot: {w for _, w in who} for slot, who in self.state.resting_slots.items()}
+        for slot, writers in after.items():
+            if writers != before[slot]:
+                StreamRecord(self.arena, slot).write_plan(fenced=_fenced(writers))
 
     def _may_write(self, writer: str) -> bool:
         return bool(writer) and locks.is_held(self.arena.directory, writer)
@@ -251,6 +276,7 @@ class KvStore:
             cached_tokens=stream.cached_blocks * PAGE_TOKENS, tail_rows=stream.tail_rows,
             tail_source=NO_BLOCK if stream.tail_source is None else stream.tail_source,
             prefill_table=stream.prefill_table, decode_table=stream.decode_table,
+            fenced=_fenced(stream.fenced),
         )  # fmt: skip
 
     def _write_headers(self, stream: Stream | None) -> None:
@@ -261,18 +287,22 @@ class KvStore:
         for block in changed:
             pages_of_block = headers[:, block]
             if block in pool.quarantined:
-                pages_of_block["key"] = _writer_key(pool.quarantined[block].writer)
-                pages_of_block["state"] = pages.QUARANTINED
+                pages_of_block["writer"] = _writer_key(pool.quarantined[block].writer)
+                pages_of_block["quarantined"] = 1
+            elif block in pool.leases and block not in taken:
+                pages_of_block["writer"] = _writer_key(pool.writers.get(block, ""))
             elif block in taken:
                 assert stream is not None
+                pages_of_block["state"] = pages.OPEN  # first: what follows belongs to it
                 pages_of_block["owner"] = stream.slot + 1
-                pages_of_block["key"] = _writer_key(pool.writers.get(block, ""))
+                pages_of_block["writer"] = _writer_key(pool.writers.get(block, ""))
+                pages_of_block["quarantined"] = 0
                 pages_of_block["epoch"] = max(stream.epoch, stream.attempt)
                 pages_of_block["tokens"] = 0
                 pages_of_block["stamp"] = time.time_ns()
-                pages_of_block["state"] = pages.OPEN
             elif block in pool.free:
                 pages_of_block["owner"] = 0
+                pages_of_block["quarantined"] = 0
                 pages_of_block["state"] = pages.FREE
 
     def pages(self, address: str) -> cluster_pb2.StorePages:
@@ -291,6 +321,11 @@ class KvStore:
     def remove_arena(self) -> None:
         """Removes the arena and its directory; only for a cluster that is going down for good."""
         shutil.rmtree(self.arena.directory, ignore_errors=True)
+
+
+def _fenced(writers: Iterable[str]) -> list[bytes]:
+    names = sorted(writers)[-FENCED_MAX:]
+    return [name.encode() for name in names] + [b""] * (FENCED_MAX - len(names))
 
 
 def _writer_key(writer: str) -> np.void:

@@ -203,7 +203,7 @@ class KvState:
         old = s.prefill_table[first:]
         if not may_write(s.prefill_writer):
             for block in old:
-                self.pool.writers[block] = writer
+                self.pool.hand_on(block, writer)
             fresh, lost = old, []
         else:
             self._make_room(len(old))
@@ -267,23 +267,31 @@ class KvState:
                 self.pool.drop(block)
 
     def sweep(
-        self, may_write: MayWrite, stopped: tuple[str, str] | None = None
-    ) -> tuple[list[int], list[int]]:
-        """Ends quarantines whose writer is gone, or has `stopped` = (request, writer).
+        self, may_write: MayWrite, stopped: tuple[str, str] | None = None,
+        idle: tuple[str, frozenset[str]] | None = None,
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
+        """Ends quarantines whose writer is gone, has `stopped` = (request, writer), or is `idle` =
+        (writer, all requests it still works on).
 
         Gives the freed blocks and slots.
         """
+
+        def let_go(request_id: str, writer: str) -> bool:
+            if (request_id, writer) == stopped or not may_write(writer):
+                return True
+            return idle is not None and writer == idle[0] and request_id not in idle[1]
+
         done = [
             block
             for block, why in self.pool.quarantined.items()
-            if not may_write(why.writer) or (why.request_id, why.writer) == stopped
+            if let_go(why.request_id, why.writer)
         ]
         self.pool.release_quarantine(done)
-        if stopped and stopped[0] in self.streams:
-            self.streams[stopped[0]].fenced.discard(stopped[1])
+        for stream in self.streams.values():
+            stream.fenced = {w for w in stream.fenced if not let_go(stream.request_id, w)}
         slots = []
         for slot, waiting in list(self.resting_slots.items()):
-            waiting -= {pair for pair in waiting if pair == stopped or not may_write(pair[1])}
+            waiting -= {pair for pair in waiting if let_go(*pair)}
             if not waiting:
                 del self.resting_slots[slot]
                 slots.append(slot)

@@ -9,6 +9,7 @@ from this arena's memory; they stay leased until the other store has acknowledge
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,9 @@ class Sockets:
         if io_core >= 0:
             self._context.set(zmq.THREAD_AFFINITY_CPU_ADD, io_core)
         self._sockets: dict[tuple[int, str], zmq.Socket[bytes]] = {}
+        # Message numbers run over all hand-offs: a late acknowledgement of an earlier one that uses
+        # the same socket must not be taken for one of this one's.
+        self.sequence = itertools.count(1)
 
     def to(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._sockets.get((kind, address))
@@ -113,7 +117,6 @@ class RemoteHandoff:
     ingest: str
     sent_tokens: list[int]  # per layer group: what the other side has
     announce: str = ""
-    _sequence: int = 0
     _unacked: dict[int, list[bytes | memoryview]] = field(default_factory=dict)
 
     def ready(self, group: int, tokens: int) -> None:
@@ -158,13 +161,13 @@ class RemoteHandoff:
         self._send(Kind.PAGES, frames, group=group, first_block=begin, blocks=count, tokens=tokens)
 
     def _send(self, kind: Kind, frames: list[bytes | memoryview], **fields: int | float) -> None:
-        self._sequence += 1
+        sequence = next(self.local.sockets.sequence)
         header = StreamHeader(
-            kind, sequence=self._sequence, slot=self.slot, attempt=self.attempt,
+            kind, sequence=sequence, slot=self.slot, attempt=self.attempt,
             fingerprint=self.local.fingerprint, announce=self.announce, **fields,  # type: ignore[arg-type]
         )  # fmt: skip
         message = [header.pack(), *frames]
-        self._unacked[self._sequence] = message
+        self._unacked[sequence] = message
         self._socket.send_multipart(message, copy=False)
 
     def _collect(self, timeout_s: float) -> bool:

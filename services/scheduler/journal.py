@@ -50,8 +50,10 @@ class Journal:
         data = b"".join(map(frame, records))
         if not data:
             return
+        before = os.fstat(self._fd).st_size
         written = os.write(self._fd, data)
         if written != len(data):
+            os.ftruncate(self._fd, before)  # a torn record would hide all that follow it
             raise OSError(f"journal: {written} of {len(data)} bytes written")
         if self._fsync:
             os.fdatasync(self._fd)

@@ -75,6 +75,11 @@ class Recovery:
             token = control_pb2.Token(index=index, token_id=token_id, logprob=logprob)
             self._state.take_token(request, now, token)
 
+    @property
+    def pending(self) -> bool:
+        """Whether the streams of the scheduler before this one are still to be looked for."""
+        return self._due_at is not None and bool(self._waiting())
+
     def _waiting(self) -> list[Request]:
         return [r for r in self._state.requests.values() if r.phase is Phase.RECOVERING]
 
@@ -88,8 +93,11 @@ class Recovery:
         if now < self._due_at and not awaited <= set(state.workers):
             return []
         self._due_at = None
-        keep = store_pb2.ReconcileRequest(request_ids=[r.request_id for r in waiting])
+        alive = [r.request_id for r in state.requests.values() if not r.done]
+        keep = store_pb2.ReconcileRequest(request_ids=alive)
         calls = [CallStore("", store, "Reconcile", keep) for store in state.ingest]
+        for info in state.workers.values():
+            calls += state.let_go(info)
         for request in waiting:
             if request.decode_store and not request.base_index:
                 message = store_pb2.ReadStreamRequest(request_id=request.request_id)
@@ -120,7 +128,9 @@ class Recovery:
             last = len(request.tokens) - 1
             ends = finish_reason(request.tokens[last][0], last, request.sampling)
         if request.text.stopped or ends:
-            self._state.end(request, now, ends or inference_pb2.FINISH_REASON_STOP)
+            by_itself = request.decode_worker if ends else ""  # it has committed its last token
+            reason = ends or inference_pb2.FINISH_REASON_STOP
+            self._state.end(request, now, reason, finished_by=by_itself)
             return
         self._adopt(request, now)
 
@@ -131,8 +141,11 @@ class Recovery:
 
     def _adopt(self, request: Request, now: float) -> None:
         """Workers that are back go on; for those that are not, others are found. A prefill towards
-        another arena starts again: what that arena has got so far is not known here."""
-        if not request.prefill_done and request.prefill_store != request.decode_store:
+        another arena that is not at work any more starts again: what it had sent is not known."""
+        remote = request.prefill_store != request.decode_store
+        prefill = self._state.workers.get(request.prefill_worker)
+        at_work = prefill and prefill.running.get(request.request_id) == request.attempt
+        if remote and not request.prefill_done and not at_work:
             self._state.compute_again(request, now, fresh=False)
             return
         for worker_id in {request.decode_worker, request.prefill_worker}:

@@ -133,6 +133,7 @@ class SchedulerState:
                 self.remind(request, info.worker_id)
         for request_id, epoch in running.items():
             self._stop_if_foreign(info, request_id, epoch)
+        self._out.extend(self.let_go(info))
         self._refresh(now)
         return self._drain()
 
@@ -141,8 +142,14 @@ class SchedulerState:
         epoch again only makes it report once more."""
         if worker_id == request.decode_worker and request.needs_decode:
             self.send_decode(request)
-        if worker_id == request.prefill_worker and not request.prefill_done:
+        known = request.prefill_store in request.slots  # not after a recovery, in another arena
+        if worker_id == request.prefill_worker and not request.prefill_done and known:
             self.send_prefill(request)
+
+    def let_go(self, info: WorkerInfo) -> list[CallStore]:
+        """What it said while nobody listened is lost; what it works on now, it has just said."""
+        message = store_pb2.RetireRequest(writer=info.worker_id, still_running=list(info.running))
+        return [CallStore("", store, "Retire", message) for store in self.ingest]
 
     def _stop_if_foreign(self, info: WorkerInfo, request_id: str, epoch: int) -> None:
         """It runs what is nobody's any more: an ended request, or another epoch's."""
@@ -233,6 +240,8 @@ class SchedulerState:
         self._place_waiting(now)
 
     def _place_waiting(self, now: float) -> None:
+        if self._recovery.pending:
+            return  # what the stores hold is not known yet
         for request in [r for r in self.requests.values() if r.phase is Phase.WAITING]:
             if now < request.held_until:
                 return
@@ -433,8 +442,9 @@ class SchedulerState:
                 for r in self.requests.values()
                 if r is not request
             )
-            if code == "RESOURCE_EXHAUSTED" and not busy and request.held_until:
-                self._fail(request, now, code, message, retryable=True)
+            full = code == "RESOURCE_EXHAUSTED"
+            if not full or (not busy and request.held_until):
+                self._fail(request, now, code, message, retryable=full)
                 return
             request.phase = Phase.WAITING
             request.held_until = now + HOLD_RETRY_S

@@ -52,11 +52,16 @@ def prompt_ids(
             f"text: {len(request.text)} characters cannot fit {limits.max_context} tokens",
         )
         ids = encode(request.text)
+        require(bool(ids), "text: encodes to no token")
     else:
         ids = list(request.token_ids.ids)
         require(bool(ids), "token_ids: must not be empty")
         worst = max(ids)
         require(worst < limits.vocab_size, f"token_ids: {worst} is not below {limits.vocab_size}")
+    require(
+        len(ids) < limits.max_context,
+        f"{kind}: {len(ids)} tokens leave no room for an answer in {limits.max_context}",
+    )
     return ids
 
 

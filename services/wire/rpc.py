@@ -21,7 +21,7 @@ OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.initial_reconnect_backoff_ms", 20),
-    ("grpc.min_reconnect_backoff_ms", 20),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # how long one attempt may take
     ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),

@@ -54,6 +54,9 @@ class StreamHeader:
     announce: str = ""  # whom to wake when the pages are in
 
     def pack(self) -> bytes:
+        assert len(self.fingerprint) in (0, 16), "fingerprint: 16 bytes"
+        assert len(self.source) in (0, 16), "source: 16 bytes"
+        assert len(self.announce.encode()) <= 64, "announce: an address of at most 64 bytes"
         return _FORMAT.pack(
             MAGIC, VERSION, self.kind, self.sequence, self.slot, self.attempt, self.group,
             self.from_tokens, self.tokens, self.first_block, self.blocks, self.token, self.logprob,
@@ -71,7 +74,11 @@ class StreamHeader:
         if kind not in Kind._value2member_map_:
             raise LayoutMismatch(f"stream header: unknown kind {kind}")
         *values, announce = rest
-        fields = [Kind(kind), *values, announce.rstrip(b"\0").decode()]
+        try:
+            address = announce.rstrip(b"\0").decode()
+        except UnicodeDecodeError:
+            raise LayoutMismatch("stream header: announce is not text") from None
+        fields = [Kind(kind), *values, address]
         return cls(*fields)
 
 

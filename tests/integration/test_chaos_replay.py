@@ -19,7 +19,14 @@ from baton.cluster import default_model
 pytestmark = pytest.mark.processes
 
 RECORDINGS = Path(__file__).parent.parent / "chaos"
-REPLAYED = ("random", "committed-not-reported", "row-63", "takeover", "decode+scheduler")
+REPLAYED = (
+    "random",
+    "committed-not-reported",
+    "row-63",
+    "takeover",
+    "decode+scheduler",
+    "zombie-last-token",
+)
 
 
 def recording(name: str) -> Path:

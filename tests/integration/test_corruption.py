@@ -45,7 +45,7 @@ def test_corrupt_cached_pages_are_computed_again(
     start_cluster: StartCluster, reference: Reference, medium: str, store: int
 ) -> None:
     """Whichever arena it is in: same tokens, counted, and the bad blocks are gone from the cache."""
-    cluster = start_cluster(medium=medium, decode=2)
+    cluster = start_cluster(medium=medium, decode=2, arena_bytes=64 << 20)  # of its own
     ask = Ask(tuple(tokens_of(reference, store + 1, 450)), 30, SAMPLED)
     expected = ask.expected(reference)
     with Client(cluster.address) as client:

@@ -66,12 +66,13 @@ BAD = {
     "token_ids": [
         {"text": None, "token_ids": tokens(0)},
         {"text": None, "token_ids": tokens(3, 1 << 30)},
+        {"text": None, "token_ids": tokens(2048)},
     ],
     "model": [{"model": "gpt-5"}],
     "max_tokens": [
         {"sampling": {"max_tokens": 0}},
         {"sampling": {"max_tokens": 1 << 20}},
-        {"text": None, "token_ids": tokens(2048), "sampling": {"max_tokens": 4}},
+        {"text": None, "token_ids": tokens(2046), "sampling": {"max_tokens": 4}},
     ],
     "temperature": [{"sampling": {"temperature": t}} for t in (-1, 11, float("nan"), float("inf"))],
     "top_p": [{"sampling": {"top_p": p}} for p in (0, 1.5, -1, float("nan"))],

@@ -69,14 +69,12 @@ def bad_row(arena: Arena, page: int, seeds: NDArray[np.uint32], group: int, firs
     return bad if bad < 0 else first_row + bad
 
 
-def write_block(arena: Arena, block: int, identity: RowIdentity, at: int, *, seal: bool = True) -> None:
-    """Block `at` of a sequence into `block`: rows that depend on their seeds alone, checksummed, and
-    sealed when they fill the block."""
-    seeds = identity.seeds[at * PAGE_TOKENS : (at + 1) * PAGE_TOKENS][: identity.length - at * PAGE_TOKENS]
-    for group in range(arena.layout.groups):
-        page = arena.page_id(block, group)
-        rows = seeds[: PAGE_TOKENS].astype(np.uint16)[:, None]
-        arena.page(page)[:, :, :, : len(seeds)] = rows.astype(arena.layout.dtype)
-        stamp(arena, page, seeds, group)
-        if seal and len(seeds) == PAGE_TOKENS:
-            arena.native.seal(page, group, PAGE_TOKENS, identity.key(at))
+def write_rows(
+    arena: Arena, block: int, group: int, seeds: NDArray[np.uint32], first_row: int = 0
+) -> None:
+    """Rows of one page that depend on their seeds alone, with their checksums: every worker writes
+    the same K and V for the same tokens."""
+    page, end = arena.page_id(block, group), first_row + len(seeds)
+    values = (seeds & np.uint32(0xFFFF)).astype(arena.layout.dtype)
+    arena.page(page)[:, :, :, first_row:end] = values[:, None]
+    stamp(arena, page, seeds, group, first_row)

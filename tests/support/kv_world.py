@@ -143,14 +143,14 @@ class World:
         return True
 
     def compute(self, request_id: str, tokens: int) -> None:
-        """Prefill comes as far as `tokens`; at the end it has sampled the first one."""
+        """Prefill comes as far as `tokens`; with one more it has sampled the first one."""
         asked = self.asked[request_id]
         if asked.prefill not in self.sessions or asked.first:
             return
         asked.ready = max(asked.ready, min(tokens, asked.prompt))
         done = self.state.streams[request_id].prefill_table[: asked.ready // PAGE_TOKENS]
         asked.prefill.blocks -= set(done)
-        asked.first = asked.ready == asked.prompt
+        asked.first = tokens > asked.prompt
 
     def decode(self, request_id: str, steps: int) -> None:
         """Decode attaches, which copies the tail into its own first block, and commits."""
@@ -397,11 +397,11 @@ class Walk:
         )  # fmt: skip
 
     def compute(self, choose: Choose) -> None:
-        self.world.compute(choose(self.world.computing()), choose([64, 100, 192, 256]))
+        self.world.compute(choose(self.world.computing()), choose([64, 128, 192, 256, 257]))
 
     def decode(self, choose: Choose) -> None:
         request_id = choose(self.world.decodable())
-        self.world.compute(request_id, 256)
+        self.world.compute(request_id, 257)
         self.world.decode(request_id, choose([0, 1, 5, 63, 64, 65, 130]))
 
     def move_decode(self, choose: Choose) -> None:

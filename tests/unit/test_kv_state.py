@@ -165,7 +165,7 @@ def test_all_records_in_use_is_overload() -> None:
 
 def test_the_least_recently_used_blocks_are_evicted() -> None:
     """And only as many as are needed; what the new request itself reuses stays."""
-    state = store(blocks=6)
+    state = store(blocks=5)
     blocks = cached(state, 256)
     stream, evicted = state.open(
         "r", keys=KEYS[:1], prompt_tokens=65, max_new=64, epoch=5, attempt=4, prefill_writer="p0",
@@ -189,6 +189,7 @@ def test_a_takeover_keeps_what_is_committed_where_it_is() -> None:
     assert lost == table[3:]
     assert set(state.pool.quarantined) == set(lost)
     assert not set(stream.decode_table[2:]) & set(table)
+    assert table[1] not in state.pool.writers, "nobody writes a complete block again"
     state.check_invariants()
 
 

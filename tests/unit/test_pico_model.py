@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,18 +15,13 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 from tokenizers import Tokenizer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))  # as when scripts/train_pico.py is run
+from pico.export import load_exported  # noqa: E402
+from pico.model import Pico, PicoConfig, stream_losses  # noqa: E402
+from pico.ngram import kneser_ney_losses, summarise  # noqa: E402
+from pico.training import LEARNING_RATE, WARMUP_STEPS, Plan, WindowSampler  # noqa: E402
+
 PICO = ROOT / "models" / "pico"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_pico", ROOT / "scripts" / "train_pico.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_pico"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +40,12 @@ def test_sizes() -> None:
     assert sum(path.stat().st_size for path in PICO.iterdir()) <= 40_000_000
 
 
-def test_weights_have_hugging_face_names(script: ModuleType) -> None:
+def test_weights_have_hugging_face_names() -> None:
     """bf16, 5 to 20 million parameters, every name of the architecture and no tied copy."""
     weights = safetensors_torch.load_file(PICO / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert 5e6 <= sum(tensor.numel() for tensor in weights.values()) <= 20e6
-    assert set(weights) == set(script.Pico(script.PicoConfig()).state_dict())
+    assert set(weights) == set(Pico(PicoConfig()).state_dict())
     assert "model.layers.7.self_attn.k_proj.weight" in weights
     assert "lm_head.weight" not in weights
 
@@ -76,7 +69,7 @@ def test_one_token_is_bos_and_eos(tokenizer: Tokenizer) -> None:
     assert tokenizer.get_vocab_size() == config["vocab_size"]
 
 
-def test_it_has_learnt_python(script: ModuleType, tokenizer: Tokenizer) -> None:
+def test_it_has_learnt_python(tokenizer: Tokenizer) -> None:
     """New, ordinary code costs it less than 2 bits a byte; an untrained model pays more than 3."""
     text = (
         "class Counter:\n"
@@ -87,15 +80,15 @@ def test_it_has_learnt_python(script: ModuleType, tokenizer: Tokenizer) -> None:
         "        self.names[name] += 1\n        return self.names[name]\n"
     )
     stream = np.array([0, *tokenizer.encode(text).ids], dtype=np.int64)
-    trained = script.stream_losses(script.load_exported(PICO), stream, 2048)
+    trained = stream_losses(load_exported(PICO), stream, 2048)
     torch.manual_seed(0)
-    untrained = script.stream_losses(script.Pico(script.PicoConfig()).eval(), stream, 2048)
-    assert script.summarise(trained, len(text))["bits_per_byte"] < 2.0
-    assert script.summarise(untrained, len(text))["bits_per_byte"] > 3.0
+    untrained = stream_losses(Pico(PicoConfig()).eval(), stream, 2048)
+    assert summarise(trained, len(text))["bits_per_byte"] < 2.0
+    assert summarise(untrained, len(text))["bits_per_byte"] > 3.0
 
 
 @pytest.mark.parametrize("order", [2, 3, 5])
-def test_kneser_ney_is_a_distribution(script: ModuleType, order: int) -> None:
+def test_kneser_ney_is_a_distribution(order: int) -> None:
     """After any context, seen or not, the probabilities of all tokens add up to one."""
     vocab = 7
     train = np.random.default_rng(3).integers(0, vocab, 200)
@@ -103,15 +96,15 @@ def test_kneser_ney_is_a_distribution(script: ModuleType, order: int) -> None:
         total = 0.0
         for token in range(vocab):
             stream = np.array([*context, token], dtype=np.int64)
-            total += math.exp(-script.kneser_ney_losses(train, stream, order, vocab)[-1])
+            total += math.exp(-kneser_ney_losses(train, stream, order, vocab)[-1])
         assert total == pytest.approx(1.0)
 
 
-def test_batches_are_a_function_of_the_step(script: ModuleType) -> None:
+def test_batches_are_a_function_of_the_step() -> None:
     """A resumed run sees the batches that an unbroken one would; targets follow their inputs."""
     documents = [np.arange(start, start + 9000, dtype=np.int64) for start in (0, 10_000)]
     steps = [0, 1, 2, 3, 4, 5, 6]
-    samplers = [script.WindowSampler(documents, seed=1, phase=0, length=512) for _ in range(2)]
+    samplers = [WindowSampler(documents, seed=1, phase=0, length=512) for _ in range(2)]
     forwards = {step: samplers[0].batch(step) for step in steps}
     for step in reversed(steps):
         inputs, targets = samplers[1].batch(step)
@@ -120,11 +113,11 @@ def test_batches_are_a_function_of_the_step(script: ModuleType) -> None:
         assert torch.equal(targets[:, :-1], inputs[:, 1:])
 
 
-def test_learning_rate_rises_then_falls_to_a_hundredth(script: ModuleType) -> None:
-    plan = script.Plan((800, 200))
+def test_learning_rate_rises_then_falls_to_a_hundredth() -> None:
+    plan = Plan((800, 200))
     rates = [plan.learning_rate(step) for step in range(plan.total)]
-    assert max(rates) == pytest.approx(script.LEARNING_RATE, rel=1e-3)
-    assert rates.index(max(rates)) in range(script.WARMUP_STEPS - 1, script.WARMUP_STEPS + 1)
-    assert rates[-1] == pytest.approx(script.LEARNING_RATE / 100, rel=1e-2)
+    assert max(rates) == pytest.approx(LEARNING_RATE, rel=1e-3)
+    assert rates.index(max(rates)) in range(WARMUP_STEPS - 1, WARMUP_STEPS + 1)
+    assert rates[-1] == pytest.approx(LEARNING_RATE / 100, rel=1e-2)
     assert plan.phase(799) == (0, 799)
     assert plan.phase(800) == (1, 0)

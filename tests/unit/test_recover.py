@@ -1,0 +1,159 @@
+"""A kv-store that dies finds everything again in the arena: streams, leases, quarantine and cache.
+
+What it finds must be right wherever it died, since nobody else knows who may write which page.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from services.kv.record import StreamRecord
+from tests.support.dying import die_before
+from tests.support.store_world import StoreWalk, StoreWorld
+
+WRITING = ("kv_store/runtime.py", "kv/record.py")  # where the store writes into the arena
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happened_is_found_again(tmp_path: Path, seed: int) -> None:
+    """Any history of requests, takeovers, deaths and late writers; the store restarts within it."""
+    rng = random.Random(seed)
+    with StoreWorld(tmp_path) as world:
+        walk = StoreWalk(world)
+        try:
+            for _ in range(40):
+                walk.step(rng.choice)
+            world.end()
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n" + "\n".join(walk.story)) from error
+
+
+# --- a store that dies in the middle of a call ---
+
+Call = Callable[[], object]
+
+
+def ready(world: StoreWorld, family: int = 0, prompt: int = 100, steps: int = 30) -> str:
+    """A stream whose prefill has left and whose decode has committed `steps`."""
+    request_id = world.open(family, prompt, 100)
+    world.compute(request_id, prompt + 1)
+    world.publish(request_id)
+    world.decode(request_id, steps)
+    return request_id
+
+
+def opening(world: StoreWorld) -> Call:
+    """Beside a running stream, into blocks that have to be evicted first."""
+    ready(world)
+    old = world.open(1, 256, 0)
+    world.compute(old, 257)
+    world.release(old)
+    request = world.wish(0, 190, 200)
+    free = len(world.store.state.pool.free)
+    assert free < 7 <= free + world.store.state.evictable(), "nothing has to be evicted"
+    return lambda: world.store.open(request)
+
+
+def taking_over(world: StoreWorld) -> Call:
+    """From a decode that is paused, with a former tail and quarantine from a takeover before."""
+    request_id = ready(world)
+    world.move_decode(request_id, "d1")
+    world.decode(request_id, 5)
+    return lambda: world.move_decode(request_id, "d2")
+
+
+def taking_over_from_the_dead(world: StoreWorld) -> Call:
+    """Its blocks are free at once and may be the very ones that the successor gets."""
+    request_id = ready(world)
+    world.dies(world.workers["d0"])
+    return lambda: world.move_decode(request_id, "d1")
+
+
+def moving_prefill(world: StoreWorld) -> Call:
+    """From one that is paused in its second block."""
+    request_id = world.open(0, 190, 10)
+    world.compute(request_id, 100)
+    return lambda: world.move_prefill(request_id, "p1")
+
+
+def moving_prefill_from_the_dead(world: StoreWorld) -> Call:
+    """The successor goes on in the same blocks."""
+    request_id = world.open(0, 190, 10)
+    world.compute(request_id, 190)
+    world.dies(world.workers["p0"])
+    return lambda: world.move_prefill(request_id, "p1")
+
+
+def releasing(world: StoreWorld) -> Call:
+    """Its workers have not stopped, and a fenced one is still there."""
+    request_id = ready(world)
+    world.move_decode(request_id, "d1")
+    world.decode(request_id, 5)
+    request = world.forget(request_id, stopped=False)
+    return lambda: world.store.release(request)
+
+
+def releasing_the_finished(world: StoreWorld) -> Call:
+    """Everybody has stopped; complete blocks become cache."""
+    request = world.forget(ready(world, steps=99))
+    return lambda: world.store.release(request)
+
+
+def throwing_away(world: StoreWorld) -> Call:
+    """Its KV is not to be trusted: nothing of it may be found again."""
+    request_id = ready(world)
+    world.invalidate(request_id, 0)
+    request = world.forget(request_id, keep=False, stopped=False)
+    return lambda: world.store.release(request)
+
+
+def hearing_stopped(world: StoreWorld) -> Call:
+    """Blocks and slot of a request that has ended come back."""
+    world.release(ready(world), stopped=False)
+    [session] = world.zombies()
+    return lambda: world.stops(session)
+
+
+def publishing(world: StoreWorld) -> Call:
+    request_id = world.open(0, 190, 10)
+    world.compute(request_id, 191)
+    return lambda: world.publish(request_id)
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        opening, taking_over, taking_over_from_the_dead, moving_prefill,
+        moving_prefill_from_the_dead, releasing, releasing_the_finished, throwing_away,
+        hearing_stopped, publishing,
+    ],
+)  # fmt: skip
+def test_a_store_may_die_anywhere(tmp_path: Path, scene: Callable[[StoreWorld], Call]) -> None:
+    """Before each line of a call: no page is listed twice, none that somebody may still write is free
+    or cached, nothing committed is lost; the call can be made again, and in the end nothing leaks."""
+    for line in count():
+        with StoreWorld(tmp_path / str(line)) as world:
+            call = scene(world)
+            world.check()
+            died = die_before(line, WRITING, call)
+            try:
+                world.begin_anew()
+                world.check()
+                if died:
+                    call()
+                world.check()
+                for request_id in list(world.asked):
+                    world.compute(request_id, 1000)
+                    world.decode(request_id, 3)
+                world.check()
+                world.end()
+            except AssertionError as error:
+                raise AssertionError(f"died before line {line}: {error}") from error
+        if not died:
+            break
+    assert line > 3
