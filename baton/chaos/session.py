@@ -120,7 +120,7 @@ class Session:
             scenario.name, scenario.label, verdict, tuple(outcome.stalls_ms()),
             len(outcome.streams), outcome.streams_hit(), outcome.reached,
             scenario.crash.only_a_decode, outcome.trouble, outcome.stale_refused,
-            outcome.quarantined,
+            outcome.false_suspicions, outcome.quarantined,
         )  # fmt: skip
         control = scenario.unsafe or scenario.recover != "takeover"
         if self.settings.record is not None and not control:

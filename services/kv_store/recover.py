@@ -117,8 +117,9 @@ def _restore_index(arena: Arena, state: KvState, headers: Headers) -> None:
     same = (headers["key"] == headers["key"][0]).all(axis=0)
     whole = (headers["tokens"] == PAGE_TOKENS).all(axis=0)
     candidates = np.flatnonzero(sealed & same & whole)
-    oldest_first = candidates[np.argsort(headers["stamp"][0, candidates], kind="stable")]
-    for block in oldest_first.tolist():
+    oldest_first = candidates[np.argsort(headers["stamp"][0, candidates], kind="stable")].tolist()
+    # Of two blocks under one key, the one that no stream holds was the cached one.
+    for block in sorted(oldest_first, key=lambda block: block in pool.leases):
         if block in pool.quarantined or block in working or not _intact(arena, headers, block):
             continue
         if state.index.add(headers["key"][0, block].tobytes(), block):
