@@ -20,7 +20,7 @@ from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
 from services.kv_store.runtime import KvStore
 from services.ops import log
-from services.ops.errors import BatonError, LayoutMismatch, StaleEpoch
+from services.ops.errors import BatonError, LayoutMismatch, StaleEpoch, Unavailable
 from services.wire.stream import Kind, StreamHeader, bound_address
 
 _logger = log.get("ingest")
@@ -79,6 +79,7 @@ class Ingest:
         if record.first()[0] != header.attempt:
             raise StaleEpoch(f"stream: attempt {header.attempt} does not own slot {header.slot}")
         if header.kind is Kind.FIRST:
+            self._no_hole(record.ready_tokens(), record.number("prompt_tokens"))
             record.publish_first(header.attempt, header.token, header.logprob)
         elif header.kind is Kind.PAGES:
             self._take_pages(record, header, frames)
@@ -95,6 +96,7 @@ class Ingest:
             raise LayoutMismatch(f"stream: group {group} or block {last} is outside the stream")
         if len(frames) < 2 or len(frames[0]) != header.blocks * PAGE_TOKENS * 4:
             raise LayoutMismatch(f"stream: {len(frames)} frames do not carry {header.blocks} pages")
+        self._no_hole(record.ready(group)[1], header.first_block * PAGE_TOKENS)
         crcs = np.frombuffer(frames[0].buffer, np.uint32).reshape(header.blocks, PAGE_TOKENS)
         table = record.prefill_table[header.first_block : last]
         ids = [arena.page_id(int(block), group) for block in table]
@@ -111,6 +113,13 @@ class Ingest:
         arena.headers["row_crc"][ids] = crcs
         self._seal(record, header, ids)
         record.set_ready(group, header.attempt, header.tokens)
+
+    @staticmethod
+    def _no_hole(have: int, begins: int) -> None:
+        """What came before was lost with a connection, or with the store before this one: without an
+        acknowledgement it all comes again, in order."""
+        if begins > have:
+            raise Unavailable(f"stream: tokens {have} to {begins} have not come")
 
     def _seal(self, record: StreamRecord, header: StreamHeader, ids: list[int]) -> None:
         arena = self._store.arena

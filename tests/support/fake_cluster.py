@@ -529,6 +529,25 @@ class FakeCluster:
     def final(self, request_id: str) -> inference_pb2.GenerateEvent | None:
         return self.scheduler.requests[request_id].final
 
+    def commands(self, kind: str) -> list[tuple[str, Any]]:
+        """(worker name, message) of every command of this kind that the scheduler has sent."""
+        sends = [i for i in self.sent if isinstance(i, Send) and i.command.HasField(kind)]
+        return [(s.worker_id.split("/")[0], getattr(s.command, kind)) for s in sends]
+
+    def asked_of_stores(self, method: str) -> list[Any]:
+        """Every message that the scheduler has sent to a store with this method."""
+        return [i.message for i in self.sent if isinstance(i, CallStore) and i.method == method]
+
+    def until(self, there: Callable[[], object], limit: int = 1000) -> None:
+        """Lets things happen, in turn, until `there` is true."""
+        for turn in range(limit):
+            if there():
+                return
+            acts = self._productive()
+            assert acts, "nothing is left to do"
+            acts[turn % len(acts)]()
+        raise AssertionError("it never came")
+
     # --- what the runtime does ---
 
     def run(self, instructions: Iterable[Instruction]) -> None:
