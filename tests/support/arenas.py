@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from services.kv.arena import Arena, create_arena, plan_arena
 from services.kv.identity import RowIdentity, fingerprint, root_key
-from services.kv.layout import PAGE_TOKENS, KvLayout
+from services.kv.layout import KvLayout
 from services.kv.record import StreamRecord, record_dtype
 
 # Three layers in groups of two: the last group is shorter than its pages.
@@ -55,13 +55,17 @@ def fill_page(arena: Arena, page: int, seed: int = 2) -> None:
     view[...] = raw.view(view.dtype).reshape(view.shape)
 
 
-def stamp(arena: Arena, page: int, seeds: NDArray[np.uint32], group: int, first_row: int = 0) -> None:
+def stamp(
+    arena: Arena, page: int, seeds: NDArray[np.uint32], group: int, first_row: int = 0
+) -> None:
     """Checksums of the rows that `seeds` belong to."""
     rows = np.arange(first_row, first_row + len(seeds), dtype=np.int32)
     arena.native.stamp_rows(np.full(len(rows), page, np.uint32), rows, seeds, group)
 
 
-def bad_row(arena: Arena, page: int, seeds: NDArray[np.uint32], group: int, first_row: int = 0) -> int:
+def bad_row(
+    arena: Arena, page: int, seeds: NDArray[np.uint32], group: int, first_row: int = 0
+) -> int:
     """The first row that fails verification, or -1."""
     rows = np.arange(first_row, first_row + len(seeds), dtype=np.int32)
     ids = np.full(len(rows), page, np.uint32)

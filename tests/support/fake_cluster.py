@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from baton.v1 import cluster_pb2, control_pb2, inference_pb2, journal_pb2, store_pb2
@@ -143,7 +144,9 @@ class FakeStore:
         live = set(request.live_writers) | record.fenced
         for worker in self.cluster.workers.values():
             if worker.writes(record):
-                assert worker.id in live, f"{worker.name} is at work on {record.request_id}: not said"
+                assert worker.id in live, (
+                    f"{worker.name} is at work on {record.request_id}: not said"
+                )
         del self.streams[record.request_id]
         for writer in live:
             self._wait_for(record.request_id, writer)
@@ -154,7 +157,7 @@ class FakeStore:
         waiting = [r for r, w in self.quarantine if w == writer]
         fenced = [r for r, record in self.streams.items() if writer in record.fenced]
         for request_id in {*waiting, *fenced}:
-            if request_id == one or not one and request_id not in request.still_running:
+            if request_id == one or (not one and request_id not in request.still_running):
                 self._let_go(request_id, writer)
         return store_pb2.RetireResponse()
 
@@ -231,7 +234,8 @@ class FakeWorker:
             store_id=self.store.store_id,
         )  # fmt: skip
         running = [
-            control_pb2.RunningStream(request_id=job.request_id, epoch=job.epoch) for job in self.jobs
+            control_pb2.RunningStream(request_id=job.request_id, epoch=job.epoch)
+            for job in self.jobs
         ]
         return control_pb2.Register(worker=worker, running=running)
 
@@ -630,16 +634,16 @@ class FakeCluster:
         acts: list[Callable[[], None]] = []
         for worker in self.workers.values():
             if worker.runs and worker.commands:
-                acts.append(lambda w=worker: self.deliver_command(w))
+                acts.append(partial(self.deliver_command, worker))
             if worker.attached and not worker.paused and worker.reports:
-                acts.append(lambda w=worker: self.deliver_report(w))
+                acts.append(partial(self.deliver_report, worker))
             if worker.runs and worker.jobs:
                 acts.append(worker.act)
-        acts += [lambda r=r: self.answer(r) for r in self.answers]
+        acts += [partial(self.answer, request_id) for request_id in self.answers]
         acts += [
-            lambda r=r: self.execute(r)
-            for r, queue in self.calls.items()
-            if queue and r not in self.answers
+            partial(self.execute, request_id)
+            for request_id, queue in self.calls.items()
+            if queue and request_id not in self.answers
         ]
         return acts
 
@@ -854,7 +858,7 @@ class ClusterWalk:
             worker.paused = False
         cluster.reattach()
         rounds = 0
-        while rounds < 5 or rounds < 50 and cluster.unfinished():
+        while rounds < 5 or (rounds < 50 and cluster.unfinished()):
             cluster.settle()
             cluster.pass_time(0.2)
             rounds += 1

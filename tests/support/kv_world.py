@@ -62,9 +62,7 @@ class Asked:
 class World:
     """Does things to the store as a cluster would, and knows what must come of it."""
 
-    state: KvState = field(
-        default_factory=lambda: KvState(BlockPool(BLOCKS), PrefixIndex(), SLOTS)
-    )
+    state: KvState = field(default_factory=lambda: KvState(BlockPool(BLOCKS), PrefixIndex(), SLOTS))
     asked: dict[str, Asked] = field(default_factory=dict)
     sessions: list[Session] = field(default_factory=list)
     dead: set[str] = field(default_factory=set)
@@ -373,7 +371,7 @@ class Walk:
 
     def acts(self) -> list[Callable[[Choose], None]]:
         """What can happen now; twice what should happen more often."""
-        acts = [self.sweep]
+        acts: list[Callable[[Choose], None]] = [self.sweep]
         if len(self.world.asked) < 4:
             acts += [self.open] * 2
         if self.world.asked:

@@ -71,7 +71,9 @@ def places() -> dict[bytes, tuple[int, int]]:
     return {
         key: (family, at)
         for family in FAMILIES
-        for at, key in enumerate(block_keys(text(family).parents[0], tokens_of(family, TEXT_TOKENS)))
+        for at, key in enumerate(
+            block_keys(text(family).parents[0], tokens_of(family, TEXT_TOKENS))
+        )
     }
 
 
@@ -394,9 +396,7 @@ class StoreWorld:
                 self._end(session)
             session.fenced = True
         live = [s.worker.id for s in present if self.present(s)]
-        return store_pb2.ReleaseRequest(
-            request_id=request_id, keep_blocks=keep, live_writers=live
-        )
+        return store_pb2.ReleaseRequest(request_id=request_id, keep_blocks=keep, live_writers=live)
 
     def invalidate(self, request_id: str, block: int) -> None:
         self.store.invalidate(request_id, [block])
@@ -419,7 +419,9 @@ class StoreWorld:
         role = session.role
         if isinstance(role, Decoding):
             try:
-                went_on = role.attach() and role.stream.steps < role.stream.max_new - 1 and role.step()
+                went_on = (
+                    role.attach() and role.stream.steps < role.stream.max_new - 1 and role.step()
+                )
             except StaleEpoch:
                 went_on = False
         else:

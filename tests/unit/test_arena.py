@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,16 +34,18 @@ def test_a_plan_uses_the_bytes_it_was_given(
     """Parts follow one another on cache lines and fit; one more block would not. Too few bytes are a
     ConfigError that names the option."""
     record = record_dtype(layout, max_context).itemsize
-    try:
-        plan = plan_arena(
-            layout, arena_bytes=arena_bytes, streams=streams, record_bytes=record,
-            max_context=max_context, fingerprint="00", store_id="s",
-        )  # fmt: skip
-    except ConfigError as error:
-        assert error.message.startswith("arena_bytes")
-        least = 4096 + streams * record + 2 * layout.groups * (layout.page_bytes + HEADER.itemsize)
-        assert arena_bytes < least + 3 * 4096
+    least = 4096 + streams * record + 2 * layout.groups * (layout.page_bytes + HEADER.itemsize)
+    give = partial(
+        plan_arena, layout, arena_bytes=arena_bytes, streams=streams, record_bytes=record,
+        max_context=max_context, fingerprint="00", store_id="s",
+    )  # fmt: skip
+    if arena_bytes < least:
+        with pytest.raises(ConfigError, match=r"^arena_bytes: "):
+            give()
         return
+    if arena_bytes < least + 3 * 4096:
+        return  # it depends on the rounding
+    plan = give()
     assert plan.headers_offset + plan.pages * HEADER.itemsize <= plan.records_offset
     assert plan.records_offset + streams * record <= plan.pages_offset
     assert plan.pages_offset + plan.pages * layout.page_bytes == plan.total_bytes <= arena_bytes
@@ -59,7 +63,9 @@ def test_a_layout_covers_each_layer_once(layout: KvLayout) -> None:
     assert layout.token_bytes * PAGE_TOKENS <= layout.groups * layout.page_bytes
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "blocks"), [(0, 0), (1, 1), (63, 1), (64, 1), (65, 2), (128, 2)]
+)
 def test_blocks_hold_64_tokens(tokens: int, blocks: int) -> None:
     """The last block may be partly used."""
     assert blocks_for(tokens) == blocks
@@ -76,8 +82,12 @@ def test_a_layout_that_cannot_be_is_refused() -> None:
 
 def test_layouts_that_differ_describe_themselves_differently() -> None:
     """Every field is part of the text that goes into a fingerprint."""
-    changes = {"layers": 4, "layers_per_group": 1, "kv_heads": 4, "head_dim": 32, "kv_dtype": "f32"}
-    texts = {replace(arenas.LAYOUT, **{field: value}).describe() for field, value in changes.items()}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {
+        "layers": 4, "layers_per_group": 1, "kv_heads": 4, "head_dim": 32, "kv_dtype": "f32"
+    }  # fmt: skip
+    texts = {
+        replace(arenas.LAYOUT, **{field: value}).describe() for field, value in changes.items()
+    }
     assert len(texts | {arenas.LAYOUT.describe()}) == len(changes) + 1
 
 
@@ -158,7 +168,7 @@ def test_a_small_file_system_is_a_clear_error(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ConfigError, match="^arena_bytes: .*No space"):
+    with pytest.raises(ConfigError, match=r"^arena_bytes: .*No space"):
         create_arena(tmp_path / "small", plan)
     assert [path for path in (tmp_path / "small").rglob("*") if path.is_file()] == []
 
@@ -181,7 +191,7 @@ def test_a_process_of_another_layout_or_model_is_refused_by_name(tmp_path: Path)
     """`require` says which of the two differs, and both values."""
     arena = arenas.small_arena(tmp_path)
     arena.require(arenas.LAYOUT, arenas.FINGERPRINT)
-    with pytest.raises(LayoutMismatch, match="^layout: .*bf16.*f32"):
+    with pytest.raises(LayoutMismatch, match=r"^layout: .*bf16.*f32"):
         arena.require(replace(arenas.LAYOUT, kv_dtype="f32"), arenas.FINGERPRINT)
     with pytest.raises(LayoutMismatch, match=f"^fingerprint: .*{arenas.FINGERPRINT}.*ab"):
         arena.require(arenas.LAYOUT, "ab" * 16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,7 +20,7 @@ def test_chunks_cover_the_prompt_at_fixed_places(start: int, more: int, size: in
     prompt = start + more
     cut = list(chunks(start, prompt, size))
     assert (cut[0].begin, cut[-1].end) == (start, prompt)
-    assert all(a.end == b.begin for a, b in zip(cut, cut[1:], strict=False))
+    assert all(a.end == b.begin for a, b in pairwise(cut))
     assert all(0 < c.end - c.begin <= size for c in cut)
     assert all(c.end % size == 0 for c in cut[:-1])
     assert {c.end for c in cut} <= {c.end for c in chunks(0, prompt, size)}
@@ -30,7 +32,9 @@ def test_chunks_of_a_cached_prompt() -> None:
     assert list(chunks(0, 256, 256)) == [Chunk(0, 256)]
 
 
-@pytest.mark.parametrize(("start", "prompt", "size"), [(5, 5, 64), (6, 5, 64), (-1, 5, 64), (0, 5, 0)])
+@pytest.mark.parametrize(
+    ("start", "prompt", "size"), [(5, 5, 64), (6, 5, 64), (-1, 5, 64), (0, 5, 0)]
+)
 def test_chunks_of_nothing_are_a_mistake(start: int, prompt: int, size: int) -> None:
     """There is always the last token to compute."""
     with pytest.raises(AssertionError):
@@ -43,7 +47,7 @@ def test_runs_are_the_blocks_in_order(blocks: list[int]) -> None:
     found = list(runs(np.array(blocks, np.uint32)))
     assert [block for start, count in found for block in range(start, start + count)] == blocks
     assert all(count > 0 for _, count in found)
-    assert all(a + n != b for (a, n), (b, _) in zip(found, found[1:], strict=False))
+    assert all(a + n != b for (a, n), (b, _) in pairwise(found))
 
 
 def test_runs_at_the_ends_of_the_numbers() -> None:

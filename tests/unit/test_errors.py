@@ -54,10 +54,10 @@ def test_a_handlers_error_becomes_its_status() -> None:
     """Unary and streaming; other exceptions are our mistakes and stay what they are."""
 
     @unary
-    async def answer(self: Any, request: Exception | None, context: Any) -> str:
+    async def answer(self: Any, request: Exception | None, context: Any) -> list[int]:
         if request:
             raise request
-        return "fine"
+        return [1]
 
     @streaming
     async def events(self: Any, request: Exception | None, context: Any) -> AsyncIterator[int]:
@@ -68,9 +68,11 @@ def test_a_handlers_error_becomes_its_status() -> None:
     async def drain(error: Exception | None) -> list[int]:
         return [event async for event in events(None, error, Context())]
 
-    assert asyncio.run(answer(None, None, Context())) == "fine"
-    assert asyncio.run(drain(None)) == [1]
-    for call in (lambda error: answer(None, error, Context()), drain):
+    async def ask(error: Exception | None) -> list[int]:
+        return await answer(None, error, Context())
+
+    for call in (ask, drain):
+        assert asyncio.run(call(None)) == [1]
         with pytest.raises(Aborted) as caught:
             asyncio.run(call(Overloaded("arena: full")))
         assert caught.value.args == (grpc.StatusCode.RESOURCE_EXHAUSTED, "arena: full")

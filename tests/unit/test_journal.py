@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_rewriting_is_one_step(tmp_path: Path) -> None:
     for line in count():
         journal = Journal(tmp_path / str(line), fsync=False)
         journal.append(RECORDS)
-        died = die_before(line, ("scheduler/journal.py",), lambda j=journal: j.rewrite(RECORDS[:2]))
+        died = die_before(line, ("scheduler/journal.py",), partial(journal.rewrite, RECORDS[:2]))
         seen.append(list(read(journal.path)))
         if not died:
             journal.close()

@@ -67,7 +67,9 @@ def cached(state: KvState, prompt: int) -> list[int]:
     return stream.prefill_table[: prompt // 64]
 
 
-@pytest.mark.parametrize(("prompt", "hit"), [(63, 0), (64, 0), (65, 1), (128, 1), (129, 2), (192, 2)])
+@pytest.mark.parametrize(
+    ("prompt", "hit"), [(63, 0), (64, 0), (65, 1), (128, 1), (129, 2), (192, 2)]
+)
 def test_the_last_token_of_a_cached_prompt_is_computed(prompt: int, hit: int) -> None:
     """Its logits must exist, so its block is never taken from the cache."""
     state = store()
@@ -93,7 +95,9 @@ def test_the_cache_can_be_bypassed() -> None:
 
 def test_decode_has_room_for_every_step_but_the_last() -> None:
     """The last token's K and V are needed by nobody."""
-    for prompt, max_new, blocks in ((64, 1, 1), (64, 64, 2), (64, 65, 2), (64, 66, 3), (100, 29, 2), (100, 30, 3)):
+    for prompt, max_new, blocks in (
+        (64, 1, 1), (64, 64, 2), (64, 65, 2), (64, 66, 3), (100, 29, 2), (100, 30, 3),
+    ):  # fmt: skip
         stream = open_stream(store(), prompt=prompt, max_new=max_new)
         assert len(stream.decode_table) == blocks, (prompt, max_new)
 
@@ -209,7 +213,9 @@ def test_a_decode_that_never_attached_leaves_the_old_tail() -> None:
     stream = open_stream(state, prompt=100, max_new=100)
     state.reassign_decode("r", epoch=7, writer="d1", committed=10, attached=True, may_write=nobody)
     source = stream.tail_source
-    state.reassign_decode("r", epoch=9, writer="d2", committed=10, attached=False, may_write=anybody)
+    state.reassign_decode(
+        "r", epoch=9, writer="d2", committed=10, attached=False, may_write=anybody
+    )
     assert (stream.tail_source, stream.tail_rows) == (source, 110 - 64)
     state.check_invariants()
 

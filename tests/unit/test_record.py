@@ -235,7 +235,10 @@ def planned(record: StreamRecord) -> dict[str, object]:
     return {
         "prefill_writer": record.text("prefill_writer").encode(),
         "decode_writer": record.text("decode_writer").encode(),
-        **{n: record.number(n) for n in ("table_epoch", "cached_tokens", "tail_rows", "tail_source")},
+        **{
+            n: record.number(n)
+            for n in ("table_epoch", "cached_tokens", "tail_rows", "tail_source")
+        },
         "prefill_table": record.prefill_table[:2].tolist(),
         "decode_table": record.decode_table[:3].tolist(),
     }
@@ -270,8 +273,9 @@ def test_a_record_lies_on_cache_lines() -> None:
         dtype = record_dtype(arenas.LAYOUT, context)
         assert dtype.itemsize % 64 == 0
         assert dtype.fields is not None
-        fixed, at = dtype.fields["fixed"][:2]
-        assert at == 0
-        assert fixed.fields["words"][1] == 64
+        fixed = dtype["fixed"].fields
+        assert fixed is not None
+        assert dtype.fields["fixed"][1] == 0
+        assert fixed["words"][1] == 64
         assert dtype.fields["ready"][1] == 512
         assert dtype["tokens"].shape == dtype["logprobs"].shape == (context + 1,)

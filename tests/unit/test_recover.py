@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from services.kv.record import StreamRecord
 from tests.support.dying import die_before
 from tests.support.store_world import StoreWalk, StoreWorld
 

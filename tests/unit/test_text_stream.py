@@ -68,8 +68,13 @@ def test_a_stop_of_one_character_is_never_held() -> None:
 small = st.text("abc", max_size=3)
 
 
-@given(st.lists(small, min_size=1, max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-def test_what_is_shown_is_the_text_before_the_first_stop(pieces: list[str], stops: list[str]) -> None:
+some_stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
+
+
+@given(st.lists(small, min_size=1, max_size=12), some_stops)
+def test_what_is_shown_is_the_text_before_the_first_stop(
+    pieces: list[str], stops: list[str]
+) -> None:
     """Against the definition: after each token look at the whole text; stop with the first token that
     completes a stop string, at the one that begins first. Before that everything is shown but the
     longest end that may still become one."""

@@ -58,8 +58,9 @@ def test_the_default_length_shrinks_to_the_context(prompt: int, tokens: int) -> 
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("max_tokens", [1, 246]), ("temperature", [0, 10]), ("top_p", [1e-6, 1]), ("top_k", [0, 2**32 - 1]),
-        ("min_p", [0, 0.999]), ("seed", [0, 2**64 - 1]), ("stop", [["a"] * 8, ["x" * 256], ["ü" * 128]]),
+        ("max_tokens", [1, 246]), ("temperature", [0, 10]), ("top_p", [1e-6, 1]),
+        ("top_k", [0, 2**32 - 1]), ("min_p", [0, 0.999]), ("seed", [0, 2**64 - 1]),
+        ("stop", [["a"] * 8, ["x" * 256], ["ü" * 128]]),
         ("stop_token_ids", [[0], [999], list(range(64))]),
     ],
 )  # fmt: skip
@@ -105,7 +106,7 @@ def test_request_ids_that_are_fine(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 129, "a b", "a/b", "a\n", "ü", "a\0", "١"])
 def test_request_ids_that_are_not(name: str) -> None:
     """Nothing that could confuse a log, a file name or a record."""
-    with pytest.raises(InvalidRequest, match="^request_id: "):
+    with pytest.raises(InvalidRequest, match=r"^request_id: "):
         check_request_id(name)
 
 
@@ -150,9 +151,9 @@ def test_a_token_outside_the_vocabulary_is_refused() -> None:
 def test_a_prompt_that_leaves_no_room_is_at_fault_itself() -> None:
     """Not max_tokens, which the client may not even have set."""
     for count in (256, 257, 5000):
-        with pytest.raises(InvalidRequest, match="^token_ids: "):
+        with pytest.raises(InvalidRequest, match=r"^token_ids: "):
             ids(token_ids=tokens(*[1] * count))
-        with pytest.raises(InvalidRequest, match="^text: "):
+        with pytest.raises(InvalidRequest, match=r"^text: "):
             ids(text="x" * count)
 
 
@@ -162,5 +163,5 @@ def test_a_huge_text_is_not_even_encoded() -> None:
     def never(text: str) -> list[int]:
         raise AssertionError("a huge text was encoded")
 
-    with pytest.raises(InvalidRequest, match="^text: "):
+    with pytest.raises(InvalidRequest, match=r"^text: "):
         prompt_ids(request(text="x" * (64 * 256 + 1)), LIMITS, never)

@@ -10,9 +10,10 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-
 from services._native import Words
+
 from tests.support import litmus
 
 
@@ -31,7 +32,9 @@ def test_what_was_written_before_the_flag_is_seen_after_it(tmp_path: Path) -> No
                 assert flag.wait(0, seen, litmus.PARTNER_S), "the writer has stopped"
                 continue
             fresh = payload[seen:now]
-            assert (fresh.T == range(seen + 1, now + 1)).all(), f"payload behind flag {now}"
+            assert (fresh == np.arange(seen + 1, now + 1)[:, None]).all(), (
+                f"payload behind flag {now}"
+            )
             seen = now
 
 
@@ -129,13 +132,13 @@ def test_an_index_outside_is_refused_by_every_operation() -> None:
     """A wrong index is an exception, never an access."""
     words = Words(bytearray(64), 8, 3)
     assert len(words) == 3
+    calls: dict[str, tuple[float, ...]] = {
+        "load": (), "store": (1,), "cas": (0, 1), "add": (1,), "wait": (0, 0.0), "wake": (),
+    }  # fmt: skip
     for index in (3, 2**63):
-        for call in (
-            lambda i: words.load(i), lambda i: words.store(i, 1), lambda i: words.cas(i, 0, 1),
-            lambda i: words.add(i, 1), lambda i: words.wait(i, 0, 0.0), lambda i: words.wake(i),
-        ):  # fmt: skip
+        for name, arguments in calls.items():
             with pytest.raises(IndexError):
-                call(index)
+                getattr(words, name)(index, *arguments)
 
 
 def test_values_that_are_no_64_bit_words_are_refused() -> None:
