@@ -117,7 +117,7 @@ class DecodeEngine:
 
     def _stop(self, command: control_pb2.StopRequest) -> None:
         stream = self._batch.get(command.request_id)
-        if stream:
+        if stream and stream.epoch <= command.epoch:
             self._forget(stream)
         stopped = control_pb2.Stopped(request_id=command.request_id, epoch=command.epoch)
         self._report(control_pb2.WorkerEvent(stopped=stopped))

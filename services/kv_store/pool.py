@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Quarantine:
-    """Why a block is held back: `writer` may still write to it for `request_id`."""
+    """Why a block is held back: `writer`, who got it under `epoch`, may still write to it for
+    `request_id`."""
 
     writer: str
     request_id: str
+    epoch: int = 0
 
 
 @dataclass
@@ -26,6 +28,7 @@ class BlockPool:
     free: set[int] = field(default_factory=set)
     leases: dict[int, int] = field(default_factory=dict)  # block -> holders
     writers: dict[int, str] = field(default_factory=dict)  # block -> who may write it
+    epochs: dict[int, int] = field(default_factory=dict)  # block -> under which epoch or attempt
     quarantined: dict[int, Quarantine] = field(default_factory=dict)
     changed: set[int] = field(default_factory=set)  # since the last `drain_changes`
     taken: set[int] = field(default_factory=set)  # of them, newly leased
@@ -34,7 +37,7 @@ class BlockPool:
         if not self.free and not self.leases:
             self.free = set(range(self.total))
 
-    def take(self, count: int, writer: str) -> list[int]:
+    def take(self, count: int, writer: str, epoch: int = 0) -> list[int]:
         """Leases `count` free blocks, neighbours where possible: a run is one transfer frame."""
         assert count <= len(self.free), "the caller checks the room first"
         chosen = self._run(count) or sorted(self.free)[:count]
@@ -42,6 +45,7 @@ class BlockPool:
             self.free.discard(block)
             self.leases[block] = 1
             self.writers[block] = writer
+            self.epochs[block] = epoch
         self.changed.update(chosen)
         self.taken.update(chosen)
         return chosen
@@ -64,10 +68,11 @@ class BlockPool:
                 return list(range(start, start + count))
         return []
 
-    def hand_on(self, block: int, writer: str) -> None:
+    def hand_on(self, block: int, writer: str, epoch: int = 0) -> None:
         """Another may write a leased block, once its former writer is gone."""
         assert block in self.leases, f"block {block} is not leased"
         self.writers[block] = writer
+        self.epochs[block] = epoch
         self.changed.add(block)
         self.taken.add(block)
 
@@ -84,6 +89,7 @@ class BlockPool:
             return False
         del self.leases[block]
         self.writers.pop(block, None)
+        self.epochs.pop(block, None)
         self.free.add(block)
         self.changed.add(block)
         return True
@@ -104,7 +110,7 @@ class BlockPool:
             return False
         del self.leases[block]
         del self.writers[block]
-        self.quarantined[block] = Quarantine(writer, request_id)
+        self.quarantined[block] = Quarantine(writer, request_id, self.epochs.pop(block, 0))
         self.changed.add(block)
         return True
 

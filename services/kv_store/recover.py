@@ -77,6 +77,7 @@ def _fenced(record: StreamRecord) -> set[str]:
 def _restore_leases(state: KvState, headers: Headers) -> None:
     pool = state.pool
     pool.leases = dict(Counter(b for s in state.streams.values() for b in s.blocks()))
+    pool.epochs = {block: int(headers["epoch"][0, block]) for block in pool.leases}
     for stream in state.streams.values():
         for block in stream.blocks():
             if (headers["state"][:, block] == pages.OPEN).all():
@@ -100,7 +101,8 @@ def _restore_quarantine(arena: Arena, state: KvState, headers: Headers) -> None:
         writer = headers["writer"][group, block].tobytes().hex()
         owner = int(headers["owner"][group, block]) - 1
         request_id = StreamRecord(arena, owner).text("request_id") if owner >= 0 else ""
-        state.pool.quarantined[block] = Quarantine(writer, request_id)
+        epoch = int(headers["epoch"][group, block])
+        state.pool.quarantined[block] = Quarantine(writer, request_id, epoch)
 
 
 def _restore_index(arena: Arena, state: KvState, headers: Headers) -> None:

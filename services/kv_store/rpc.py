@@ -6,6 +6,7 @@ from typing import Any
 
 from baton.v1 import store_pb2, store_pb2_grpc
 from services.kv_store.runtime import KvStore
+from services.kv_store.state import MAX_EPOCH
 from services.wire.rpc import unary
 
 
@@ -49,7 +50,8 @@ class KvStoreServicer(store_pb2_grpc.KvStoreServicer):  # type: ignore[misc]
 
     @unary
     async def Reconcile(self, request: Any, context: Any) -> store_pb2.ReconcileResponse:
-        return store_pb2.ReconcileResponse(released=self._store.reconcile(request.request_ids))
+        released = self._store.reconcile(request.request_ids, request.epoch or MAX_EPOCH)
+        return store_pb2.ReconcileResponse(released=released)
 
     @unary
     async def Invalidate(self, request: Any, context: Any) -> store_pb2.InvalidateResponse:

@@ -24,7 +24,7 @@ from services.kv_store.config import KvStoreConfig
 from services.kv_store.index import PrefixIndex
 from services.kv_store.pool import BlockPool
 from services.kv_store.recover import rebuild
-from services.kv_store.state import KvState, Stream
+from services.kv_store.state import MAX_EPOCH, KvState, Stream
 from services.ops import log
 from services.ops.errors import ConfigError, InvalidRequest
 from services.ops.failpoints import Failpoints
@@ -211,8 +211,10 @@ class KvStore:
             complete += record.commit()[1]
         return block_keys(record.root, record.tokens[: min(complete, len(record.tokens) - 1)])
 
-    def reconcile(self, keep: Sequence[str]) -> int:
-        gone = set(self.state.streams) - set(keep)
+    def reconcile(self, keep: Sequence[str], epoch: int = MAX_EPOCH) -> int:
+        """Releases the streams that nobody remembers; those opened after `epoch` are not meant."""
+        streams = self.state.streams.values()
+        gone = {s.request_id for s in streams if max(s.epoch, s.attempt) <= epoch} - set(keep)
         for request_id in gone:
             stream = self.state.stream(request_id)
             self.release(
@@ -235,13 +237,14 @@ class KvStore:
 
     def retire(self, request: store_pb2.RetireRequest) -> int:
         """A writer lets go of one request, or of all but those it still works on."""
+        epoch = request.epoch or MAX_EPOCH
         if request.request_id:
-            return self.sweep(stopped=(request.request_id, request.writer))
-        return self.sweep(idle=(request.writer, frozenset(request.still_running)))
+            return self.sweep(stopped=(request.request_id, request.writer), epoch=epoch)
+        return self.sweep(idle=(request.writer, frozenset(request.still_running)), epoch=epoch)
 
     def sweep(
         self, stopped: tuple[str, str] | None = None,
-        idle: tuple[str, frozenset[str]] | None = None,
+        idle: tuple[str, frozenset[str]] | None = None, epoch: int = MAX_EPOCH,
     ) -> int:  # fmt: skip
         """Frees what was waiting for a writer that is gone now, has `stopped` or is `idle`."""
         nothing = not self.state.pool.quarantined and not self.state.resting_slots
@@ -249,7 +252,7 @@ class KvStore:
             return 0
         before = {s.slot: set(s.fenced) for s in self.state.streams.values()}
         before |= {slot: {w for _, w in who} for slot, who in self.state.resting_slots.items()}
-        blocks, slots = self.state.sweep(self._may_write, stopped, idle)
+        blocks, slots = self.state.sweep(self._may_write, stopped, idle, epoch)
         self._write_fenced(before)
         self._write_headers(None)
         for slot in slots:
@@ -297,7 +300,7 @@ class KvStore:
                 pages_of_block["owner"] = stream.slot + 1
                 pages_of_block["writer"] = _writer_key(pool.writers.get(block, ""))
                 pages_of_block["quarantined"] = 0
-                pages_of_block["epoch"] = max(stream.epoch, stream.attempt)
+                pages_of_block["epoch"] = pool.epochs.get(block, 0)
                 pages_of_block["tokens"] = 0
                 pages_of_block["stamp"] = time.time_ns()
             elif block in pool.free:

@@ -20,6 +20,7 @@ from services.kv_store.pool import BlockPool
 from services.ops.errors import Overloaded, RequestConflict, StaleEpoch, UnknownRequest
 
 MayWrite = Callable[[str], bool]
+MAX_EPOCH = 0xFFFFFFFF
 
 
 @dataclass
@@ -97,8 +98,8 @@ class KvState:
             for block in cached:
                 self.pool.drop(block)
             raise
-        prefill_table = cached + self.pool.take(fresh_prompt, prefill_writer)
-        decode_table = prefill_table[:tail] + self.pool.take(fresh_decode, decode_writer)
+        prefill_table = cached + self.pool.take(fresh_prompt, prefill_writer, attempt)
+        decode_table = prefill_table[:tail] + self.pool.take(fresh_decode, decode_writer, epoch)
         partial = prompt_tokens % PAGE_TOKENS
         stream = Stream(
             request_id, slot, prompt_tokens, max_new, epoch, attempt, prefill_writer,
@@ -180,7 +181,7 @@ class KvState:
             self.pool.finish_writing(block)
         lost = self._retire(rest, s.request_id, may_write)
         self._make_room(wanted)
-        s.decode_table = keep + self.pool.take(wanted, writer)
+        s.decode_table = keep + self.pool.take(wanted, writer, epoch)
         if may_write(s.decode_writer):
             s.fenced.add(s.decode_writer)
         s.epoch = s.table_epoch = epoch
@@ -203,11 +204,11 @@ class KvState:
         old = s.prefill_table[first:]
         if not may_write(s.prefill_writer):
             for block in old:
-                self.pool.hand_on(block, writer)
+                self.pool.hand_on(block, writer, attempt)
             fresh, lost = old, []
         else:
             self._make_room(len(old))
-            fresh = self.pool.take(len(old), writer)
+            fresh = self.pool.take(len(old), writer, attempt)
             lost = self._retire(old, s.request_id, may_write)
             s.fenced.add(s.prefill_writer)
         s.attempt, s.prefill_writer = attempt, writer
@@ -268,23 +269,26 @@ class KvState:
 
     def sweep(
         self, may_write: MayWrite, stopped: tuple[str, str] | None = None,
-        idle: tuple[str, frozenset[str]] | None = None,
+        idle: tuple[str, frozenset[str]] | None = None, epoch: int = MAX_EPOCH,
     ) -> tuple[list[int], list[int]]:  # fmt: skip
         """Ends quarantines whose writer is gone, has `stopped` = (request, writer), or is `idle` =
-        (writer, all requests it still works on).
+        (writer, all requests it still works on); what a writer got after `epoch` is not meant.
 
         Gives the freed blocks and slots.
         """
 
-        def let_go(request_id: str, writer: str) -> bool:
-            if (request_id, writer) == stopped or not may_write(writer):
+        def let_go(request_id: str, writer: str, since: int = 0) -> bool:
+            if not may_write(writer):
                 return True
-            return idle is not None and writer == idle[0] and request_id not in idle[1]
+            if (request_id, writer) == stopped:
+                return since <= epoch
+            working = idle is None or writer != idle[0] or request_id in idle[1]
+            return not working and since <= epoch
 
         done = [
             block
             for block, why in self.pool.quarantined.items()
-            if let_go(why.request_id, why.writer)
+            if let_go(why.request_id, why.writer, why.epoch)
         ]
         self.pool.release_quarantine(done)
         for stream in self.streams.values():

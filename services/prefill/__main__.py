@@ -48,7 +48,7 @@ class PrefillWorker:
 
     def _stop(self, stop: control_pb2.StopRequest) -> None:
         job = self.engine.known.get(stop.request_id)
-        if job:
+        if job and job.command.attempt <= stop.epoch:
             job.stopped = True
             return
         stopped = control_pb2.Stopped(request_id=stop.request_id, epoch=stop.epoch)

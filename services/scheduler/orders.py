@@ -136,9 +136,9 @@ def move_announcements(request: Request, announce: str) -> control_pb2.WorkerCom
     )
 
 
-def stop(request: Request, epoch: int) -> control_pb2.WorkerCommand:
+def stop(request_id: str, epoch: int) -> control_pb2.WorkerCommand:
     return control_pb2.WorkerCommand(
-        stop=control_pb2.StopRequest(request_id=request.request_id, epoch=epoch)
+        stop=control_pb2.StopRequest(request_id=request_id, epoch=epoch)
     )
 
 

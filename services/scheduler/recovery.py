@@ -74,11 +74,13 @@ class Recovery:
         for index, (token_id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
             token = control_pb2.Token(index=index, token_id=token_id, logprob=logprob)
             self._state.take_token(request, now, token)
+            if request.text.stopped:
+                break  # what follows a stop string is not part of the answer
 
     @property
     def pending(self) -> bool:
         """Whether the streams of the scheduler before this one are still to be looked for."""
-        return self._due_at is not None and bool(self._waiting())
+        return self._due_at is not None
 
     def _waiting(self) -> list[Request]:
         return [r for r in self._state.requests.values() if r.phase is Phase.RECOVERING]
@@ -93,9 +95,12 @@ class Recovery:
         if now < self._due_at and not awaited <= set(state.workers):
             return []
         self._due_at = None
-        alive = [r.request_id for r in state.requests.values() if not r.done]
-        keep = store_pb2.ReconcileRequest(request_ids=alive)
-        calls = [CallStore("", store, "Reconcile", keep) for store in state.ingest]
+        alive = [r for r in state.requests.values() if not r.done]
+        calls = []
+        for store in state.ingest:
+            here = [r.request_id for r in alive if store in r.stores]
+            keep = store_pb2.ReconcileRequest(request_ids=here, epoch=state.epoch)
+            calls.append(CallStore("", store, "Reconcile", keep))
         for info in state.workers.values():
             calls += state.let_go(info)
         for request in waiting:

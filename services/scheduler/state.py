@@ -31,6 +31,8 @@ from services.scheduler.request import (
 from services.wire.messages import finish_reason
 
 HOLD_RETRY_S = 0.05
+STOPS_MAX = 10_000  # unanswered stops that are remembered
+MAX_EPOCH = 0xFFFFFFFF
 PREFILL, DECODE = "prefill", "decode"
 _CANCELLED = inference_pb2.FINISH_REASON_CANCELLED
 
@@ -49,6 +51,7 @@ class SchedulerState:
         self.counts = cluster_pb2.RequestCounts()
         self.names: dict[str, str] = {}  # worker id -> name, the dead included
         self._out: list[Instruction] = []
+        self._stops: dict[tuple[str, str], int] = {}  # (request, worker) -> epoch, unanswered
         self._recovery = Recovery(self)
 
     # --- requests come and go ---
@@ -126,14 +129,18 @@ class SchedulerState:
         running = {stream.request_id: stream.epoch for stream in register.running}
         info = WorkerInfo(register.worker, now, running)
         info.worker.state = cluster_pb2.WORKER_STATE_READY
+        if info.worker_id not in self.names and not self._recovery.pending:
+            self._out.extend(self.let_go(info))
         self.workers[info.worker_id] = info
         self.names[info.worker_id] = info.worker.name
+        for (request_id, worker_id), epoch in self._stops.items():
+            if worker_id == info.worker_id:  # what it was told may be lost: it answers again
+                self._send(worker_id, orders.stop(request_id, epoch))
+        for request_id, epoch in running.items():
+            self._stop_if_foreign(info, request_id, epoch)
         for request in list(self.requests.values()):
             if request.phase is Phase.RUNNING:
                 self.remind(request, info.worker_id)
-        for request_id, epoch in running.items():
-            self._stop_if_foreign(info, request_id, epoch)
-        self._out.extend(self.let_go(info))
         self._refresh(now)
         return self._drain()
 
@@ -147,8 +154,11 @@ class SchedulerState:
             self.send_prefill(request)
 
     def let_go(self, info: WorkerInfo) -> list[CallStore]:
-        """What it said while nobody listened is lost; what it works on now, it has just said."""
-        message = store_pb2.RetireRequest(writer=info.worker_id, still_running=list(info.running))
+        """What it said to the scheduler before this one is lost; what it works on, it has just said.
+        What it gets from now on is not meant: a store may hear of this late."""
+        message = store_pb2.RetireRequest(
+            writer=info.worker_id, still_running=list(info.running), epoch=self._epoch
+        )
         return [CallStore("", store, "Retire", message) for store in self.ingest]
 
     def _stop_if_foreign(self, info: WorkerInfo, request_id: str, epoch: int) -> None:
@@ -158,8 +168,14 @@ class SchedulerState:
             return
         if request and request.phase is Phase.RECOVERING:
             return
-        stop = control_pb2.StopRequest(request_id=request_id, epoch=epoch)
-        self._send(info.worker_id, control_pb2.WorkerCommand(stop=stop))
+        self._stop(request_id, info.worker_id, epoch)
+
+    def _stop(self, request_id: str, worker_id: str, epoch: int) -> None:
+        """Tells a worker to let go of a request, and remembers it until it has answered."""
+        self._stops[request_id, worker_id] = epoch
+        self._send(worker_id, orders.stop(request_id, epoch))
+        while len(self._stops) > STOPS_MAX:
+            del self._stops[next(iter(self._stops))]
 
     def worker_heard(self, now: float, worker_id: str) -> list[Instruction]:
         info = self.workers.get(worker_id)
@@ -256,6 +272,11 @@ class SchedulerState:
 
     def _next_epoch(self) -> int:
         self._epoch += 1
+        return self._epoch
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch or attempt that has been given out."""
         return self._epoch
 
     def saw_epoch(self, *epochs: int) -> None:
@@ -380,7 +401,10 @@ class SchedulerState:
         elif isinstance(reply, store_pb2.ReassignResponse):
             self._reassigned(request, now, call, reply)
         elif isinstance(reply, store_pb2.ReadStreamResponse):
-            self._recovery.found(request, now, reply)
+            if request.phase is Phase.RECOVERING:
+                self._recovery.found(request, now, reply)
+            else:
+                self._read_first(request, now, reply)
         elif reply is None:
             self._store_failed(request, now, call, code, message)
         return self._drain()
@@ -404,15 +428,22 @@ class SchedulerState:
             return  # the request has been opened anew since
         request.slots[call.store_id] = reply.slot
         if role == PREFILL:
+            if reply.committed == len(request.prompt) + request.base_index:
+                self._prefill_had_finished(request, now)
+                return
             request.cached[call.store_id] = reply.committed
             if call.store_id == request.prefill_store:
                 del request.moving[PREFILL]
+                if not reply.previous_gone and request.prefill_worker:
+                    self._stops[request.request_id, request.prefill_worker] = request.attempt
                 request.attempt, request.prefill_worker = asked.epoch, asked.writer
                 self.ensure(request, now)
                 if PREFILL not in request.moving:
                     self.send_prefill(request)
             return
         del request.moving[DECODE]
+        if not reply.previous_gone and request.decode_worker:  # it may wake up
+            self._stops[request.request_id, request.decode_worker] = request.epoch
         request.epoch, request.decode_worker = asked.epoch, asked.writer
         request.takeovers += request.prefill_done
         self.counts.takeovers += request.prefill_done
@@ -421,6 +452,32 @@ class SchedulerState:
         if DECODE not in request.moving and asked.writer in self.workers:
             self.send_decode(request)
             self._move_announcements(request)
+
+    def _prefill_had_finished(self, request: Request, now: float) -> None:
+        """It died after the first token was in the record and before its report was here."""
+        del request.moving[PREFILL]
+        if request.prefill_store != request.decode_store:
+            self.compute_again(
+                request, now, fresh=False
+            )  # how far the other arena is, it alone knew
+            return
+        request.prefill_stopped = True
+        message = store_pb2.ReadStreamRequest(request_id=request.request_id)
+        self._call(request, request.decode_store, "ReadStream", message)
+
+    def _read_first(
+        self, request: Request, now: float, reply: store_pb2.ReadStreamResponse
+    ) -> None:
+        """The first token of a prefill that could not report it."""
+        if request.phase is not Phase.RUNNING or request.prefill_done or not reply.token_ids:
+            return
+        request.prefill_done = True
+        first = control_pb2.Token(
+            index=reply.first_index, token_id=reply.token_ids[0], logprob=reply.logprobs[0]
+        )
+        self.take_token(request, now, first)
+        finish = finish_reason(first.token_id, first.index, request.sampling)
+        self._after_tokens(request, now, finish, request.prefill_worker)
 
     def _move_announcements(self, request: Request) -> None:
         if request.prefill_done:
@@ -494,7 +551,7 @@ class SchedulerState:
             if request is None or not running or self._stale(request, worker_id, stream.epoch):
                 self.counts.stale_epoch_refused += running
                 if stream.finish:  # it has come to its end there, and is let go of
-                    self._retire(stream.request_id, worker_id)
+                    self._retire(stream.request_id, worker_id, stream.epoch)
                 continue
             if stream.tokens:
                 request.prefill_done = True
@@ -565,14 +622,18 @@ class SchedulerState:
         """The worker touches this request's pages no more, under this epoch."""
         request = self.requests.get(stopped.request_id)
         if request is None or request.done:
-            self._retire(stopped.request_id, worker_id)
+            self._retire(stopped.request_id, worker_id, stopped.epoch)
             return self._drain()
         if worker_id == request.prefill_worker and stopped.epoch == request.attempt:
             request.prefill_stopped = True
             if request.prefill_done:
                 self._prefill_left(request)
-        elif worker_id != request.decode_worker or stopped.epoch != request.epoch:
-            self._retire(stopped.request_id, worker_id)
+        elif (
+            request.phase is not Phase.RUNNING
+            or worker_id != request.decode_worker
+            or stopped.epoch != request.epoch
+        ):
+            self._retire(stopped.request_id, worker_id, stopped.epoch)
         return self._drain()
 
     def _prefill_left(self, request: Request) -> None:
@@ -584,8 +645,11 @@ class SchedulerState:
             self.release_store(request, request.prefill_store, keep=True, live=[])
             request.prefill_store = request.decode_store
 
-    def _retire(self, request_id: str, worker_id: str) -> None:
-        message = store_pb2.RetireRequest(request_id=request_id, writer=worker_id)
+    def _retire(self, request_id: str, worker_id: str, epoch: int) -> None:
+        """The worker has let go of what it got for this request up to this epoch."""
+        if self._stops.get((request_id, worker_id), MAX_EPOCH) <= epoch:
+            del self._stops[request_id, worker_id]
+        message = store_pb2.RetireRequest(request_id=request_id, writer=worker_id, epoch=epoch)
         for store in self.ingest:
             self._out.append(CallStore(request_id, store, "Retire", message))
 
@@ -594,7 +658,7 @@ class SchedulerState:
     ) -> list[Instruction]:
         """A worker cannot go on: because it has been fenced, or because KV failed verification."""
         request = self.requests.get(refused.request_id)
-        self._retire(refused.request_id, worker_id)
+        self._retire(refused.request_id, worker_id, refused.epoch)
         if request is None or request.phase is not Phase.RUNNING:
             return self._drain()
         current = (worker_id == request.decode_worker and refused.epoch == request.epoch) or (
@@ -674,16 +738,13 @@ class SchedulerState:
 
     def release(self, request: Request, *, keep: bool, finished_by: str = "") -> None:
         """Tells the workers to stop and gives the pages back; those that a worker may still write
-        to wait in quarantine until it has said so."""
+        to wait in quarantine until it has said so. They are told to let go of all that they have got
+        until now: a reassignment may be under way whose answer will not be waited for."""
         live = [] if request.prefill_stopped else [request.prefill_worker]
         if request.decode_told and finished_by != request.decode_worker:
             live.append(request.decode_worker)
-        for worker, epoch in (
-            (request.prefill_worker, request.attempt),
-            (request.decode_worker, request.epoch),
-        ):
-            if worker in live:
-                self._send(worker, orders.stop(request, epoch))
+        for worker in live:
+            self._stop(request.request_id, worker, self._epoch)
         for store in request.stores:
             self.release_store(request, store, keep=keep, live=live)
 

@@ -29,6 +29,8 @@ from services.wire.messages import finish_reason
 
 Event = control_pb2.WorkerEvent
 PREFILL, DECODE = "prefill", "decode"
+FINISH_STOP = inference_pb2.FINISH_REASON_STOP
+FINISH_LENGTH = inference_pb2.FINISH_REASON_LENGTH
 UNIX_MS = 1_800_000_000_000
 
 
@@ -54,9 +56,8 @@ class Record:
     attempt: int
     prefill_writer: str
     decode_writer: str
-    table_epoch: int
     tokens: list[int] = field(default_factory=list)  # generated, the first one included
-    fenced: set[str] = field(default_factory=set)
+    fenced: set[tuple[str, int]] = field(default_factory=set)  # (writer, epoch)
 
     @property
     def request_id(self) -> str:
@@ -65,13 +66,13 @@ class Record:
 
 @dataclass
 class FakeStore:
-    """Streams by id, and who has been fenced and not stopped."""
+    """Streams by id, and who may still write what is nobody's any more: (request, writer, epoch)."""
 
     store_id: str
     slots: int
     cluster: FakeCluster
     streams: dict[str, Record] = field(default_factory=dict)
-    quarantine: set[tuple[str, str]] = field(default_factory=set)  # (request, writer)
+    quarantine: set[tuple[str, str, int]] = field(default_factory=set)
     published: set[str] = field(default_factory=set)
 
     @property
@@ -86,9 +87,9 @@ class FakeStore:
             raise UnknownRequest(f"request_id: {request_id!r} is not open in this store")
         return self.streams[request_id]
 
-    def _wait_for(self, request_id: str, writer: str) -> None:
+    def _wait_for(self, request_id: str, writer: str, epoch: int) -> None:
         if self.cluster.exists(writer):
-            self.quarantine.add((request_id, writer))
+            self.quarantine.add((request_id, writer, epoch))
 
     def OpenStream(self, request: store_pb2.OpenStreamRequest) -> store_pb2.OpenStreamResponse:
         known = self.streams.get(request.request_id)
@@ -98,7 +99,7 @@ class FakeStore:
                 raise Overloaded("arena: no room")
             known = self.streams[request.request_id] = Record(
                 request, min(free), request.epoch, request.attempt, request.prefill_writer,
-                request.decode_writer, request.epoch,
+                request.decode_writer,
             )  # fmt: skip
         elif (known.epoch, known.attempt) != (request.epoch, request.attempt):
             raise RequestConflict(f"request_id: {request.request_id!r} is open already")
@@ -110,18 +111,24 @@ class FakeStore:
         if request.epoch <= (record.attempt if prefill else record.epoch):
             raise StaleEpoch(f"epoch: {request.epoch} is not newer")
         old = record.prefill_writer if prefill else record.decode_writer
+        last = record.attempt if prefill else record.epoch
+        finished = prefill and bool(record.tokens)
+        reply = store_pb2.ReassignResponse(
+            slot=record.slot, previous_gone=not self.cluster.exists(old)
+        )
         if prefill:
-            if not record.tokens:
-                record.attempt, record.prefill_writer = request.epoch, request.writer
-                record.fenced.add(old)
-                self._wait_for(record.request_id, old)
-            return store_pb2.ReassignResponse(slot=record.slot, committed=0)
-        record.epoch = record.table_epoch = request.epoch
-        record.decode_writer = request.writer
-        record.fenced.add(old)
-        self._wait_for(record.request_id, old)
-        committed = max(0, len(record.tokens) - 1)
-        return store_pb2.ReassignResponse(slot=record.slot, committed=committed)
+            reply.committed = len(record.request.token_ids) if finished else 0
+        else:
+            reply.committed = max(0, len(record.tokens) - 1)
+        if finished:
+            return reply
+        if prefill:
+            record.attempt, record.prefill_writer = request.epoch, request.writer
+        else:
+            record.epoch, record.decode_writer = request.epoch, request.writer
+        record.fenced.add((old, last))
+        self._wait_for(record.request_id, old, last)
+        return reply
 
     def Publish(self, request: store_pb2.PublishRequest) -> store_pb2.PublishResponse:
         self.published.add(self._stream(request.request_id).request_id)
@@ -141,36 +148,44 @@ class FakeStore:
         record = self.streams.get(request.request_id)
         if record is None:
             return store_pb2.ReleaseResponse(found=False)
-        live = set(request.live_writers) | record.fenced
+        present = {(record.prefill_writer, record.attempt), (record.decode_writer, record.epoch)}
+        live = {pair for pair in present if pair[0] in request.live_writers} | record.fenced
         for worker in self.cluster.workers.values():
             if worker.writes(record):
-                assert worker.id in live, (
-                    f"{worker.name} is at work on {record.request_id}: not said"
-                )
+                said = any(worker.id == writer for writer, _ in live)
+                assert said, f"{worker.name} is at work on {record.request_id}: not said"
         del self.streams[record.request_id]
-        for writer in live:
-            self._wait_for(record.request_id, writer)
+        for writer, epoch in live:
+            self._wait_for(record.request_id, writer, epoch)
         return store_pb2.ReleaseResponse(found=True)
 
     def Retire(self, request: store_pb2.RetireRequest) -> store_pb2.RetireResponse:
-        one, writer = request.request_id, request.writer
-        waiting = [r for r, w in self.quarantine if w == writer]
-        fenced = [r for r, record in self.streams.items() if writer in record.fenced]
-        for request_id in {*waiting, *fenced}:
+        """What the writer got under epochs after `epoch` is not meant."""
+        one, writer, epoch = request.request_id, request.writer, request.epoch
+        waiting = {r for r, w, _ in self.quarantine if w == writer}
+        for request_id in sorted({*waiting, *self.streams}):
             if request_id == one or (not one and request_id not in request.still_running):
-                self._let_go(request_id, writer)
+                self._let_go(request_id, writer, epoch)
         return store_pb2.RetireResponse()
 
-    def _let_go(self, request_id: str, writer: str) -> None:
-        worker = self.cluster.by_id(writer)
-        if worker:
-            assert not worker.haunts(request_id), f"{writer} is still at work on {request_id}"
-        self.quarantine.discard((request_id, writer))
-        if request_id in self.streams:
-            self.streams[request_id].fenced.discard(writer)
+    def _let_go(self, request_id: str, writer: str, epoch: int) -> None:
+        worker, name = self.cluster.by_id(writer), (request_id, writer)
+        gone = {held for held in self.quarantine if held[:2] == name and held[2] <= epoch}
+        for _, _, old in gone:
+            at_work = worker is not None and worker.haunts(request_id, old)
+            assert not at_work, f"{writer} is still at work on {request_id} under {old}"
+        self.quarantine -= gone
+        record = self.streams.get(request_id)
+        if record:
+            record.fenced = {(w, e) for w, e in record.fenced if w != writer or e > epoch}
 
     def Reconcile(self, request: store_pb2.ReconcileRequest) -> store_pb2.ReconcileResponse:
-        gone = set(self.streams) - set(request.request_ids)
+        upto = request.epoch or 0xFFFFFFFF
+        gone = {
+            r
+            for r, record in self.streams.items()
+            if max(record.epoch, record.attempt) <= upto and r not in request.request_ids
+        }
         for request_id in gone:
             record = self.streams[request_id]
             live = [record.prefill_writer, record.decode_writer]
@@ -245,14 +260,10 @@ class FakeWorker:
         jobs = [job for job in self.jobs if self._record(job) is record and job.epoch == owner]
         return self.alive and any(not self._only_reports(job, record) for job in jobs)
 
-    def haunts(self, request_id: str) -> bool:
-        """Whether it is at work on this request under an epoch that has been fenced."""
-        for job in self.jobs:
-            record = self._record(job)
-            owner = record and (record.attempt if self.role == PREFILL else record.epoch)
-            if job.request_id == request_id and job.epoch != owner and not job.idle:
-                return self.alive
-        return False
+    def haunts(self, request_id: str, epoch: int) -> bool:
+        """Whether it is at work on this request under this epoch, which has been fenced."""
+        jobs = [job for job in self.jobs if (job.request_id, job.epoch) == (request_id, epoch)]
+        return self.alive and any(not job.idle for job in jobs)
 
     def _record(self, job: Job) -> Record | None:
         record = self.store.at(job.slot)
@@ -433,6 +444,7 @@ class FakeCluster:
     corrupt: set[str] = field(default_factory=set)
     sent: list[Instruction] = field(default_factory=list)  # all that this scheduler has said
     said: dict[str, list[inference_pb2.GenerateEvent]] = field(default_factory=dict)
+    finals: dict[str, inference_pb2.GenerateEvent] = field(default_factory=dict)
     placed: set[tuple[str, int]] = field(default_factory=set)  # epochs that have been journaled
     epochs: dict[tuple[str, int], str] = field(default_factory=dict)  # of a decode -> who got it
     scheduler: SchedulerState = field(init=False)
@@ -491,7 +503,7 @@ class FakeCluster:
         worker.jobs.clear()
         self.gone.add(worker.id)
         for store in self.stores.values():
-            store.quarantine = {pair for pair in store.quarantine if pair[1] != worker.id}
+            store.quarantine = {held for held in store.quarantine if held[1] != worker.id}
         self.detach(worker)
 
     # --- requests ---
@@ -696,7 +708,6 @@ class FakeCluster:
         self.answers.clear()
         self.sent.clear()
         self.scheduler = self._new_scheduler()
-        self.said.clear()
         self.scheduler.recover(self.now, self.unix_ms, list(self.journal))
         self.check()
 
@@ -708,19 +719,25 @@ class FakeCluster:
     # --- what must hold ---
 
     def check(self) -> None:
-        """After each event: what clients have been told is right, complete and has no gap, and every
-        request that has ended has ended once."""
+        """After each event: what clients have been told is right, complete and has no gap, stays what
+        it was whoever is asked again, and every request that has ended has ended once."""
         self.scheduler.check_invariants()
         for request_id, request in self.scheduler.requests.items():
             told = self.said.setdefault(request_id, [])
-            assert request.events[: len(told)] == told, f"{request_id}: an event has changed"
-            if request.final is not None and told and told[-1].HasField("finished"):
-                assert len(request.events) == len(told), f"{request_id}: a token after the end"
-            for event in request.events[len(told) :]:
-                index = event.token.index
-                assert index == len(told), f"{request_id}: token {index} after {len(told)} tokens"
+            for index, event in enumerate(request.events):
+                if index < len(told):
+                    assert event == told[index], f"{request_id}: event {index} has changed"
+                    continue
+                assert request_id not in self.finals, f"{request_id}: a token after the end"
+                assert event.token.index == index, f"{request_id}: {event.token.index} at {index}"
                 assert event.token.token_id == token_of(request_id, index)
                 told.append(event)
+            if request.final is not None:
+                first = self.finals.setdefault(request_id, request.final)
+                assert request.final == first, f"{request_id}: has ended in two ways"
+                whole = request.final.finished.reason in (FINISH_STOP, FINISH_LENGTH)
+                lost = len(told) - len(request.events)
+                assert not (whole and lost), f"{request_id}: the end has lost {lost} tokens"
         ended = [r.ended.request_id for r in self.journal if r.HasField("ended")]
         assert len(ended) == len(set(ended)), "a request has ended twice"
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.dying import die_before
-from tests.support.store_world import StoreWalk, StoreWorld
+from tests.support.store_world import GROUPS, Prefilling, StoreWalk, StoreWorld
 
 WRITING = ("kv_store/runtime.py", "kv/record.py")  # where the store writes into the arena
 
@@ -30,6 +31,59 @@ def test_whatever_happened_is_found_again(tmp_path: Path, seed: int) -> None:
             world.end()
         except AssertionError as error:
             raise AssertionError(f"{error}\n" + "\n".join(walk.story)) from error
+
+
+def cached_tokens(world: StoreWorld, prompt: int) -> int:
+    """How much of this prompt a new request finds."""
+    request_id = world.open(0, prompt, 0)
+    role = world.asked[request_id].prefill.role
+    found: int = role.at if isinstance(role, Prefilling) else -1
+    world.release(request_id, keep=False)
+    return found
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("field", ["row_crc", "checksum", "key", "tokens", "state"])
+def test_a_damaged_header_is_not_trusted(tmp_path: Path, field: str, group: int) -> None:
+    """A block is cached when the headers of all its pages fit: anything else is no block."""
+    with StoreWorld(tmp_path) as world:
+        request_id = world.open(0, 192, 0)
+        world.compute(request_id, 193)
+        block = world.store.state.streams[request_id].prefill_table[1]
+        world.release(request_id)
+        header = world.arena.headers[world.arena.page_id(block, group) :][:1]
+        header[field].view(np.uint8)[..., 0] ^= 1
+        world.begin_anew()
+        assert cached_tokens(world, 193) == 64
+
+
+def test_blocks_of_an_unfinished_prefill_are_not_cached(tmp_path: Path) -> None:
+    """They are sealed and may still be given to another prefill, which writes them again."""
+    with StoreWorld(tmp_path) as world:
+        request_id = world.open(0, 128, 10)
+        world.compute(request_id, 128)
+        world.begin_anew()
+        assert cached_tokens(world, 193) == 0
+        world.move_prefill(request_id, "p1")
+        world.check()
+        world.compute(request_id, 129)
+        world.decode(request_id, 5)
+        world.check()
+        world.end()
+
+
+def test_what_was_cached_twice_is_cached_once(tmp_path: Path) -> None:
+    """A running request computed what somebody else had put into the cache meanwhile."""
+    with StoreWorld(tmp_path) as world:
+        slow, fast = world.open(0, 190, 10), world.open(0, 190, 10)
+        for request_id in (fast, slow):
+            world.compute(request_id, 191)
+            world.publish(request_id)
+        world.restart()
+        world.check()
+        world.release(slow)
+        world.restart()
+        world.end()
 
 
 # --- a store that dies in the middle of a call ---
