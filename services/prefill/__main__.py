@@ -30,8 +30,8 @@ class PrefillWorker:
 
     def register(self) -> control_pb2.Register:
         running = [
-            control_pb2.RunningStream(request_id=request_id, epoch=job.command.attempt)
-            for request_id, job in list(self.engine.known.items())
+            control_pb2.RunningStream(request_id=request_id, epoch=attempt)
+            for request_id, attempt in list(self.engine.jobs)
         ]
         return registration(self._settings, self._hold, cluster_pb2.ROLE_PREFILL, "", running)
 
@@ -42,15 +42,12 @@ class PrefillWorker:
         elif kind == "stop":
             self._stop(command.stop)
         elif kind == "move":
-            job = self.engine.known.get(command.move.request_id)
-            if job:
+            for job in self.engine.of(command.move.request_id):
                 job.announce = command.move.announce_address
 
     def _stop(self, stop: control_pb2.StopRequest) -> None:
-        job = self.engine.known.get(stop.request_id)
-        if job and job.command.attempt <= stop.epoch:
-            job.stopped = True
-            return
+        if self.engine.stop(stop.request_id, stop.epoch):
+            return  # said when it has come to its end
         stopped = control_pb2.Stopped(request_id=stop.request_id, epoch=stop.epoch)
         self._report(control_pb2.WorkerEvent(stopped=stopped))
 

@@ -34,11 +34,11 @@ class Stopped(Exception):
 
 @dataclass
 class Job:
-    """One ExecutePrefill and how it stands. The event loop sets `stopped` and `announce`."""
+    """One ExecutePrefill and how it stands. The event loop sets `stop_epoch` and `announce`."""
 
     command: control_pb2.ExecutePrefill
     announce: str
-    stopped: bool = False
+    stop_epoch: int = 0  # not 0: told to let go of all up to this epoch
     ready: list[control_pb2.GroupTime] = field(default_factory=list)
     computed: int = 0
 
@@ -55,7 +55,7 @@ class PrefillEngine:
         self._fingerprint = bytes.fromhex(arena.plan.fingerprint)
         self._failpoints = Failpoints(config.failpoints, config.name)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.known: dict[str, Job] = {}
+        self.jobs: dict[tuple[str, int], Job] = {}  # (request, attempt), until it has ended
         self._thread = lifecycle.engine_thread(self._run, "prefill-engine")
 
     def start(self) -> None:
@@ -63,12 +63,23 @@ class PrefillEngine:
 
     def submit(self, command: control_pb2.ExecutePrefill) -> None:
         """Queues a prefill; a second one for the same attempt is ignored."""
-        known = self.known.get(command.request_id)
-        if known and known.command.attempt >= command.attempt:
+        if any(job.command.attempt >= command.attempt for job in self.of(command.request_id)):
             return
         job = Job(command, command.announce_address)
-        self.known[command.request_id] = job
+        self.jobs[command.request_id, command.attempt] = job
         self._jobs.put(job)
+
+    def of(self, request_id: str) -> list[Job]:
+        """The jobs of one request that have not ended, oldest first."""
+        return [job for (name, _), job in list(self.jobs.items()) if name == request_id]
+
+    def stop(self, request_id: str, epoch: int) -> bool:
+        """Ends what this worker does for a request up to `epoch`; the end of it is reported. False
+        when there is nothing."""
+        mine = [job for job in self.of(request_id) if job.command.attempt <= epoch]
+        for job in mine:
+            job.stop_epoch = max(job.stop_epoch, epoch)
+        return bool(mine)
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -88,21 +99,19 @@ class PrefillEngine:
             except BatonError as error:
                 _logger.error("prefill failed", request_id=command.request_id, error=error.message)
                 self._refuse(command, error)
-            if self.known.get(command.request_id) is job:
-                del self.known[command.request_id]
-            self._report(
-                control_pb2.WorkerEvent(
-                    stopped=control_pb2.Stopped(
-                        request_id=command.request_id, epoch=command.attempt
-                    )
-                )
+            del self.jobs[command.request_id, command.attempt]
+            stopped = control_pb2.Stopped(
+                request_id=command.request_id, epoch=max(command.attempt, job.stop_epoch)
             )
+            self._report(control_pb2.WorkerEvent(stopped=stopped))
         sockets.close()
 
     def _refuse(self, command: control_pb2.ExecutePrefill, error: BatonError) -> None:
         self._report(refusal(command.request_id, command.attempt, error))
 
     def _prefill(self, job: Job, sockets: Sockets) -> None:
+        if job.stop_epoch:
+            raise Stopped
         command = job.command
         record = StreamRecord(self._arena, command.slot)
         attempt, done = record.first()
@@ -174,7 +183,7 @@ class PrefillEngine:
             pages = table[positions // PAGE_TOKENS, group]
             self._arena.native.stamp_rows(pages, in_page, seeds, group)
             self._seal(chunk, table, group, identity)
-            if job.stopped:
+            if job.stop_epoch:
                 raise Stopped
             self._failpoints.hit("prefill.mid_layer", group)
             handoff.announce = job.announce

@@ -159,8 +159,9 @@ class Recovery:
         self._state.ensure(request, now)
 
 
-def journal(requests: Iterable[Request]) -> list[journal_pb2.JournalRecord]:
-    """The shortest journal that says what is known now."""
+def journal(requests: Iterable[Request], epoch: int) -> list[journal_pb2.JournalRecord]:
+    """The shortest journal that says what is known now. `epoch` is the last one given out: it must
+    not go back, also when nobody remembers the request that it was for."""
     records = []
     for request in requests:
         records.append(orders.accepted(request))
@@ -168,4 +169,5 @@ def journal(requests: Iterable[Request]) -> list[journal_pb2.JournalRecord]:
             records.append(orders.placed(request))
         if request.final:
             records.append(orders.ended(request))
-    return records
+    floor = journal_pb2.Placed(epoch=epoch, attempt=epoch)
+    return [*records, journal_pb2.JournalRecord(placed=floor)]

@@ -51,6 +51,7 @@ class SchedulerState:
         self.counts = cluster_pb2.RequestCounts()
         self.names: dict[str, str] = {}  # worker id -> name, the dead included
         self._out: list[Instruction] = []
+        self._asked: set[str] = set()  # workers whose past with another scheduler is settled
         self._stops: dict[tuple[str, str], int] = {}  # (request, worker) -> epoch, unanswered
         self._recovery = Recovery(self)
 
@@ -129,7 +130,7 @@ class SchedulerState:
         running = {stream.request_id: stream.epoch for stream in register.running}
         info = WorkerInfo(register.worker, now, running)
         info.worker.state = cluster_pb2.WORKER_STATE_READY
-        if info.worker_id not in self.names and not self._recovery.pending:
+        if info.worker_id not in self._asked and not self._recovery.pending:
             self._out.extend(self.let_go(info))
         self.workers[info.worker_id] = info
         self.names[info.worker_id] = info.worker.name
@@ -156,8 +157,14 @@ class SchedulerState:
     def let_go(self, info: WorkerInfo) -> list[CallStore]:
         """What it said to the scheduler before this one is lost; what it works on, it has just said.
         What it gets from now on is not meant: a store may hear of this late."""
+        self._asked.add(info.worker_id)
+        mine = [
+            r.request_id
+            for r in self.requests.values()
+            if not r.done and info.worker_id in (r.prefill_worker, r.decode_worker)
+        ]
         message = store_pb2.RetireRequest(
-            writer=info.worker_id, still_running=list(info.running), epoch=self._epoch
+            writer=info.worker_id, still_running=[*info.running, *mine], epoch=self._epoch
         )
         return [CallStore("", store, "Retire", message) for store in self.ingest]
 
@@ -394,7 +401,11 @@ class SchedulerState:
     ) -> list[Instruction]:
         """`reply` of a call, or None with the gRPC status name and message."""
         request = self.requests.get(call.request_id)
-        if request is None or request.done:
+        if request is None:
+            return self._drain()
+        if request.done:
+            if isinstance(reply, store_pb2.ReassignResponse) and not reply.previous_gone:
+                self._stop_fenced(request, orders.role_of(call.message))
             return self._drain()
         if isinstance(reply, store_pb2.OpenStreamResponse):
             self._opened(request, now, call, reply)
@@ -434,16 +445,16 @@ class SchedulerState:
             request.cached[call.store_id] = reply.committed
             if call.store_id == request.prefill_store:
                 del request.moving[PREFILL]
-                if not reply.previous_gone and request.prefill_worker:
-                    self._stops[request.request_id, request.prefill_worker] = request.attempt
+                if not reply.previous_gone:
+                    self._stop_fenced(request, PREFILL)
                 request.attempt, request.prefill_worker = asked.epoch, asked.writer
                 self.ensure(request, now)
                 if PREFILL not in request.moving:
                     self.send_prefill(request)
             return
         del request.moving[DECODE]
-        if not reply.previous_gone and request.decode_worker:  # it may wake up
-            self._stops[request.request_id, request.decode_worker] = request.epoch
+        if not reply.previous_gone:
+            self._stop_fenced(request, DECODE)
         request.epoch, request.decode_worker = asked.epoch, asked.writer
         request.takeovers += request.prefill_done
         self.counts.takeovers += request.prefill_done
@@ -452,6 +463,13 @@ class SchedulerState:
         if DECODE not in request.moving and asked.writer in self.workers:
             self.send_decode(request)
             self._move_announcements(request)
+
+    def _stop_fenced(self, request: Request, role: str) -> None:
+        """The worker that has just been fenced may wake up: its pages wait for its answer."""
+        worker = request.prefill_worker if role == PREFILL else request.decode_worker
+        epoch = request.attempt if role == PREFILL else request.epoch
+        if worker:
+            self._stop(request.request_id, worker, epoch)
 
     def _prefill_had_finished(self, request: Request, now: float) -> None:
         """It died after the first token was in the record and before its report was here."""
@@ -765,7 +783,7 @@ class SchedulerState:
 
     def journal(self) -> list[journal_pb2.JournalRecord]:
         """The shortest journal that says what is known now."""
-        return journal(self.requests.values())
+        return journal(self.requests.values(), self._epoch)
 
     # --- looking at it ---
 

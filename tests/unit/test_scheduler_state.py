@@ -45,15 +45,18 @@ def owner(cluster: FakeCluster, request_id: str = "r") -> str:
     return cluster.scheduler.requests[request_id].decode_worker.split("/")[0]
 
 
+@pytest.mark.parametrize("restarts", [False, True], ids=["one-scheduler", "restarts"])
 @pytest.mark.parametrize("seeds", [range(first, first + 50) for first in range(0, 600, 50)])
-def test_whatever_happens_every_request_ends_once_and_right(seeds: range) -> None:
-    """Kills, pauses, cut links, restarts of the scheduler, cancellations, corrupt pages, in any order.
-    When the faults are over everything comes to its end: the tokens are those of an undisturbed run,
-    no stream stays open and no page waits for a worker that is there."""
+def test_whatever_happens_every_request_ends_once_and_right(seeds: range, restarts: bool) -> None:
+    """Kills, pauses, cut links, cancellations, corrupt pages, with and without restarts of the
+    scheduler, in any order. When the faults are over every request ends, with the tokens of an
+    undisturbed run; without restarts no stream stays open and no page waits for a worker that is
+    there."""
     for seed in seeds:
         rng = random.Random(seed)
         options = {"orphan_ms": 2000, "retain_ms": 10**7}
         walk = ClusterWalk(FakeCluster(**rng.choice(SHAPES), options=options), rng.choice)
+        walk.restarts = restarts
         try:
             for _ in range(150):
                 walk.step()
@@ -754,6 +757,46 @@ def test_epochs_go_on_after_a_restart() -> None:
     assert cluster.tokens("r") == cluster.expected("r", 10)
 
 
+def test_epochs_never_go_back_through_a_compaction() -> None:
+    """A takeover is under way when the journal is compacted, and the request ends before its answer:
+    the epoch has been used all the same."""
+    cluster = FakeCluster(decodes=3)
+    running(cluster, 2)
+    cluster.kill(owner(cluster))
+    used = max(number for _, number in cluster.placed)
+    cluster.run(cluster.scheduler.cancel(cluster.now, "r", "cancelled"))
+    cluster.execute("r")  # the takeover; the release is lost with the scheduler
+    for _ in range(2):
+        cluster.restart_scheduler(compact=True)
+    cluster.reattach()
+    cluster.pass_time(1)
+    cluster.ask("s")
+    opening = cluster.asked_of_stores("OpenStream")[-1]
+    assert min(opening.epoch, opening.attempt) > used
+    cluster.settle()
+    cluster.check_quiet()
+
+
+def test_a_worker_that_comes_and_goes_while_streams_are_looked_for() -> None:
+    """What it had said to the scheduler before this one is made up for whenever it is back."""
+    cluster = FakeCluster(decodes=2, options={"recover_grace_ms": 500})
+    running(cluster, 2)
+    cluster.ask("other", max_tokens=50)
+    worker = cluster.workers[owner(cluster)]
+    cluster.run(cluster.scheduler.cancel(cluster.now, "r", "cancelled"))
+    cluster.execute("r")
+    worker.jobs = [job for job in worker.jobs if job.request_id != "r"]
+    cluster.restart_scheduler()
+    cluster.attach(worker)
+    cluster.detach(worker)
+    cluster.pass_time(1)
+    cluster.settle()
+    cluster.scheduler.reader_joined("other")
+    cluster.reattach()
+    cluster.settle()
+    assert not cluster.stores["s0"].quarantine
+
+
 def test_a_takeover_that_was_journaled_and_never_made() -> None:
     """The store still has the old epoch, whose decode may be alive: nobody else gets that epoch."""
     cluster = FakeCluster()
@@ -874,7 +917,11 @@ def test_the_journal_is_as_short_as_it_can_be() -> None:
     cluster.pass_time(2)
     running(cluster, 3, "b")
     records = cluster.scheduler.journal()
-    assert [record.WhichOneof("record") for record in records] == ["accepted", "placed"]
+    assert [record.WhichOneof("record") for record in records] == [
+        "accepted",
+        "placed",
+        "placed",
+    ]  # and the last epoch
     again = cluster._new_scheduler()
     again.recover(cluster.now, cluster.unix_ms, records)
     assert again.journal() == records
