@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from services._native import Words
 
 PAYLOAD_WORDS = 7

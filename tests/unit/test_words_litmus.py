@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from services._native import Words
 
+from services._native import Words
 from tests.support import litmus
 
 
