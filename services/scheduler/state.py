@@ -642,15 +642,14 @@ class SchedulerState:
         if request is None or request.done:
             self._retire(stopped.request_id, worker_id, stopped.epoch)
             return self._drain()
-        if worker_id == request.prefill_worker and stopped.epoch == request.attempt:
+        running = request.phase is Phase.RUNNING
+        if running and worker_id == request.prefill_worker and stopped.epoch == request.attempt:
             request.prefill_stopped = True
             if request.prefill_done:
                 self._prefill_left(request)
-        elif (
-            request.phase is not Phase.RUNNING
-            or worker_id != request.decode_worker
-            or stopped.epoch != request.epoch
-        ):
+            elif PREFILL not in request.moving and request.prefill_store in request.slots:
+                self.send_prefill(request)  # its report is lost: asked again, it has it at hand
+        elif not running or worker_id != request.decode_worker or stopped.epoch != request.epoch:
             self._retire(stopped.request_id, worker_id, stopped.epoch)
         return self._drain()
 

@@ -248,6 +248,19 @@ def test_what_the_fenced_decode_says_is_refused() -> None:
     assert len(cluster.tokens("r")) == known
 
 
+def test_an_old_epoch_is_refused_whoever_says_it() -> None:
+    """The present decode had the stream before, lost it and got it back: what it said then is late."""
+    cluster = FakeCluster(decodes=1)
+    running(cluster, 3)
+    request = cluster.scheduler.requests["r"]
+    stream = control_pb2.StreamTokens(request_id="r", epoch=request.epoch - 1)
+    stream.tokens.add(index=3, token_id=1)
+    report = control_pb2.StepReport(streams=[stream])
+    cluster.run(cluster.scheduler.step_reported(cluster.now, request.decode_worker, report))
+    assert len(cluster.tokens("r")) == 3
+    assert cluster.scheduler.counts.stale_epoch_refused == 1
+
+
 def test_silence_without_a_successor_changes_nothing() -> None:
     """Only slower: the epoch is kept, and a heartbeat ends the suspicion, which is counted."""
     cluster = FakeCluster(decodes=1)
@@ -325,6 +338,17 @@ def test_a_token_that_comes_twice_is_taken_once() -> None:
     report(cluster, 0, 1, 2, 3)
     assert len(cluster.tokens("r")) == 4
     assert cluster.scheduler.counts.duplicate_tokens_absorbed == before + 3
+
+
+def test_tokens_behind_a_stop_string_are_not_taken() -> None:
+    """Also when they come in one report with it, as after a takeover."""
+    cluster = FakeCluster()
+    running(cluster, 3, stop_at=4)
+    report(cluster, 3, 4, 5, 6)
+    assert len(cluster.tokens("r")) == 5
+    assert reason(cluster, "r") == STOP
+    cluster.settle()
+    cluster.check_quiet()
 
 
 def test_two_different_tokens_at_one_index_are_our_mistake() -> None:
@@ -645,6 +669,21 @@ def test_what_a_prefill_said_into_a_broken_link_is_asked_for() -> None:
     cluster.check_quiet()
 
 
+def test_a_prefill_that_is_back_before_it_has_finished() -> None:
+    """Its report was lost, its transfer goes on: when it stops, it is asked once more."""
+    cluster = FakeCluster()
+    cluster.ask("r", max_tokens=1)
+    worker = cluster.workers["prefill-0"]
+    cluster.until(lambda: worker.reports)
+    cluster.detach(worker)
+    assert worker.jobs, "it has let go of the request already"
+    cluster.attach(worker)
+    cluster.deliver_command(worker)  # the same attempt, which it is still at work on
+    cluster.settle()
+    assert cluster.tokens("r") == cluster.expected("r", 1)
+    cluster.check_quiet()
+
+
 def test_a_worker_that_missed_its_stop_is_told_again() -> None:
     """The request ended while it was cut off: when it is back it is stopped, and its pages freed."""
     cluster = FakeCluster(decodes=1)
@@ -814,6 +853,27 @@ def test_a_takeover_that_was_journaled_and_never_made() -> None:
     old.paused = False
     cluster.attach(old)
     cluster.settle()
+    cluster.check_quiet()
+
+
+def test_a_takeover_that_was_never_made_is_not_needed_any_more() -> None:
+    """The old decode is back before the store has heard of a new epoch: it goes on under its own."""
+    cluster = FakeCluster()
+    running(cluster, 3)
+    old, epoch = cluster.workers[owner(cluster)], cluster.scheduler.requests["r"].epoch
+    old.paused = True
+    cluster.pass_time(1)
+    old.paused = False
+    cluster.restart_scheduler()
+    cluster.scheduler.reader_joined("r")
+    cluster.reattach()
+    cluster.pass_time(0.1)
+    cluster.settle()
+    assert [(name, command.epoch) for name, command in cluster.commands("decode")] == [
+        (old.name, epoch)
+    ]
+    assert cluster.asked_of_stores("Reassign") == []
+    assert cluster.tokens("r") == cluster.expected("r", 10)
     cluster.check_quiet()
 
 
