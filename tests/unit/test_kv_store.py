@@ -22,14 +22,9 @@ from services.ops.errors import (
     StaleEpoch,
     UnknownRequest,
 )
-from tests.support.store_world import (
-    Decoding,
-    StoreWalk,
-    StoreWorld,
-    end_store,
-    new_store,
-    tokens_of,
-)
+from tests.support.store_actors import Decoding, end_store, new_store, tokens_of
+from tests.support.store_walk import StoreWalk
+from tests.support.store_world import StoreWorld
 
 
 @pytest.fixture

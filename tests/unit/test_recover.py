@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from tests.support.dying import die_before
-from tests.support.store_world import GROUPS, Prefilling, StoreWalk, StoreWorld
+from tests.support.store_actors import GROUPS, Prefilling
+from tests.support.store_walk import StoreWalk
+from tests.support.store_world import StoreWorld
 
 WRITING = ("kv_store/runtime.py", "kv/record.py")  # where the store writes into the arena
 
