@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from services.engine.checkpoint import WeightView, load_weights
 from services.engine.errors import ModelError, NumericsError
-from services.engine.model import ModelConfig
 from services.engine.torch_backend import TorchBackend
 from services.kv.layout import KvLayout
-from tests.support.backends import BACKENDS, Runner
-from tests.support.models import TINY_MODELS, MemoryPages, reference_logits, save_tiny_model
-
-PROMPT_TOKENS = 150
-CHUNKS = {"chunks-64": (64, 64, 22), "chunks-128": (128, 22), "whole": (150,)}
-
-Loaded = tuple[ModelConfig, Mapping[str, WeightView]]
-
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_model = pytest.mark.parametrize("name", TINY_MODELS)
-
-
-@pytest.fixture(scope="session")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("tiny")
-    return {name: save_tiny_model(name, root / name) for name in TINY_MODELS}
-
-
-@pytest.fixture
-def loaded(directories: dict[str, Path], name: str) -> Loaded:
-    config = ModelConfig.load(directories[name])
-    return config, load_weights(directories[name], config)
-
-
-@pytest.fixture
-def name() -> str:
-    """The model of a test that does not go through all: it has grouped heads and a window."""
-    return "mistral-window"
-
-
-def prompt_for(name: str, length: int = PROMPT_TOKENS, seed: int = 1) -> list[int]:
-    vocab = TINY_MODELS[name][1]["vocab_size"]
-    prompt: list[int] = np.random.default_rng(seed).integers(0, vocab, length).tolist()
-    return prompt
-
-
-@cache
-def prompt_logits(name: str) -> NDArray[np.float32]:
-    return reference_logits(name, np.array(prompt_for(name), np.int32))
-
-
-def bits(array: NDArray[np.generic]) -> bytes:
-    return np.ascontiguousarray(array).tobytes()
+from tests.support.backends import Runner
+from tests.support.models import MemoryPages
+from tests.support.oracle import (
+    Loaded,
+    prompt_for,
+    prompt_logits,
+)
 
 
 def test_numerics_class_names_what_decides_the_bits(name: str, loaded: Loaded) -> None:
