@@ -41,7 +41,7 @@ RUN mkdir -p baton/v1 && touch baton/v1/__init__.py \
 FROM ${BASE_IMAGE}
 RUN groupadd --gid 10001 baton \
     && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin baton \
-    && install -d -o 10001 -g 10001 /arena /journal
+    && install -d -o 10001 -g 10001 /arena /journal /disk
 COPY --from=build /opt/baton /opt/baton
 COPY models/ /opt/models/
 ENV PATH=/opt/baton/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

@@ -1,8 +1,9 @@
 # `make run` and `make test` do all their own set-up; everything else is for those who change Baton.
 PYTHON ?= python3
 VENV   ?= .venv
-# The torch to install. The default is the CPU build; for another device name its requirement, for
-# example TORCH='torch==2.13.0 --index-url <the index of that build>'.
+# The torch that `make test` and `make torch` install. Which build that is, CPU or another, is for the
+# index that pip uses to say; to choose, TORCH='torch==2.13.0 --index-url <the index of that build>'.
+# `make run` needs none.
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.made
@@ -12,13 +13,26 @@ NATIVE  := $(wildcard native/*)
 
 FORCE:
 
-.PHONY: FORCE run test lint format types check build clean compose-test
+.PHONY: FORCE run torch test sim sim-nightly lint format types check build clean compose-test
 
 run: build
 	$(BIN)/python scripts/run_demo.py
 
-test: build $(STAMPS)/test
+torch: $(STAMPS)/torch
+
+test: build $(STAMPS)/torch $(STAMPS)/test
 	$(BIN)/python -m pytest
+
+# The deterministic simulation; a failing seed prints the command that replays it.
+SEEDS      ?= 2000
+FIRST_SEED ?= 0
+JOBS       ?= 2
+
+sim: build $(STAMPS)/torch $(STAMPS)/test
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first-seed $(FIRST_SEED) --jobs $(JOBS)
+
+sim-nightly: build $(STAMPS)/torch $(STAMPS)/test
+	$(BIN)/python -m tests.sim --seeds 200000 --first-seed $(FIRST_SEED) --jobs $(JOBS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
@@ -40,8 +54,11 @@ build: $(STAMPS)/native
 
 $(STAMPS)/venv: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	@touch $@
 
 $(STAMPS)/proto: $(PROTOS) $(STAMPS)/venv pyproject.toml
 	$(BIN)/python scripts/install_group.py build

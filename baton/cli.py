@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from google.protobuf.json_format import MessageToDict
 
+from baton import keys
 from baton.client import Client, ClientError, GenerateOptions, Unreachable
 from baton.cluster import ClusterSpec, default_run_dir
 from baton.handle import SupervisorHandle, read_state, stop_supervisor
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except Unreachable as error:
-        print(f"baton: nobody serves at {_address(options)} ({error.message})", file=sys.stderr)
+        hint = "" if _keys_dir(options) else "; has its cluster keys? --keys-dir names them"
+        where = _address(options)
+        print(f"baton: nobody serves at {where} ({error.message}){hint}", file=sys.stderr)
     except (BatonError, ClientError) as error:
         print(f"baton: {error.message}", file=sys.stderr)
     except (TimeoutError, BrokenPipeError) as error:
@@ -67,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     down.set_defaults(command=_down)
     down.add_argument("--json", action="store_true", help="print one JSON object")
     down.add_argument("--run-dir", default=default_run_dir(), help="(default: %(default)s)")
+    making = commands.add_parser("keys", help="make a cluster's keys", allow_abbrev=False)
+    making.set_defaults(command=keys.command)
+    keys.add_options(making)
     for name, text in ELSEWHERE.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
@@ -108,7 +114,10 @@ def _show_up(state: dict[str, Any], as_json: bool) -> None:
         return
     for entry in state["processes"]:
         print(f"  {entry['name']:<12} pid {entry['pid']}")
-    print(f"baton serves at {state['address']}", flush=True)
+    if state["address"]:
+        print(f"baton serves at {state['address']}", flush=True)
+    else:
+        print(f"joined the scheduler at {state['scheduler']}", flush=True)
 
 
 def _down(options: argparse.Namespace) -> int:
@@ -128,12 +137,24 @@ def _down(options: argparse.Namespace) -> int:
 def _add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-dir", default=default_run_dir(), help="(default: %(default)s)")
     parser.add_argument("--address", help="(default: BATON_ADDRESS, else the run directory's)")
+    parser.add_argument("--keys-dir", help="(default: BATON_KEYS_DIR, else the run directory's)")
 
 
 def _address(options: argparse.Namespace) -> str:
     state = read_state(options.run_dir) or {}
     chosen = options.address or os.environ.get("BATON_ADDRESS") or state.get("address")
     return chosen or DEFAULT_ADDRESS
+
+
+def _keys_dir(options: argparse.Namespace) -> str:
+    """Where the keys lie; empty for a plain cluster."""
+    given: str | None = options.keys_dir
+    if given is None:
+        given = os.environ.get("BATON_KEYS_DIR")
+    if given is not None:
+        return given
+    state = read_state(options.run_dir) or {}
+    return state["keys_dir"] if state.get("address") == _address(options) else ""
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +182,7 @@ def _generate(options: argparse.Namespace) -> int:
     given = cast(GenerateOptions, {k: v for k, v in wanted.items() if v not in (None, [])})
     last = inference_pb2.GenerateEvent()
     tokens: list[inference_pb2.TokenEvent] = []
-    with Client(_address(options), retry_s=options.retry_s) as client:
+    with Client(_address(options), retry_s=options.retry_s, keys_dir=_keys_dir(options)) as client:
         for event in client.generate(prompt, timeout_s=options.timeout_s, **given):
             last = event
             if event.HasField("token"):
@@ -221,7 +242,7 @@ def _summary(
 
 def _status(options: argparse.Namespace) -> int:
     address = _address(options)
-    with Client(address) as client:
+    with Client(address, keys_dir=_keys_dir(options)) as client:
         view = client.view()
     state = read_state(options.run_dir)
     if state is not None and state["address"] != address:
@@ -239,12 +260,14 @@ def _status(options: argparse.Namespace) -> int:
 
 def _show_workers(view: cluster_pb2.ClusterView, state: dict[str, Any] | None) -> None:
     restarts = {e["name"]: e["restarts"] for e in state["processes"]} if state else {}
-    print(f"{'worker':<12} {'state':<8} {'pid':>8} {'cores':<10} {'running':>7} {'restarts':>8}")
+    head = f"{'worker':<14} {'host':<14} {'id':<8} {'state':<8} {'cores':<8}"
+    print(f"{head} {'running':>7} {'restarts':>8}")
     for worker in view.workers:
         kind = cluster_pb2.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower()
         cores = ",".join(map(str, worker.cores))
         running, count = len(worker.running_requests), restarts.get(worker.name, "-")
-        print(f"{worker.name:<12} {kind:<8} {worker.pid:>8} {cores:<10} {running:>7} {count:>8}")
+        who = f"{worker.name:<14} {worker.host:<14} {worker.worker_id[:8]:<8}"
+        print(f"{who} {kind:<8} {cores:<8} {running:>7} {count:>8}")
 
 
 def _show_stores(view: cluster_pb2.ClusterView) -> None:
@@ -253,6 +276,22 @@ def _show_stores(view: cluster_pb2.ClusterView) -> None:
         counts = (store.pages_total, store.pages_free, store.pages_open, store.pages_sealed)
         numbers = " ".join(f"{n:>7}" for n in (*counts, store.pages_cached))
         print(f"{store.store_id:<34} {numbers}{'' if store.reachable else '  unreachable'}")
+        if notes := _store_notes(store):
+            print("  " + ", ".join(notes))
+
+
+def _store_notes(store: cluster_pb2.StorePages) -> list[str]:
+    """What is worth a line below a store's pages: its disk, its pins, and what it has met."""
+    counts = (
+        "disk_blocks", "disk_bytes", "disk_hits", "disk_corrupt_files", "disk_write_failures",
+        "disk_read_failures", "corrupt_cached", "headers_repaired", "leases_expired",
+        "pages_quarantined",
+    )  # fmt: skip
+    notes = [f"{name} {n}" for name in counts if (n := getattr(store, name))]
+    if store.disk_paused:
+        notes.append("not writing to disk")
+    pins = [f"{pin.name} ({pin.cached_blocks} of {pin.blocks} blocks)" for pin in store.pins]
+    return [*notes, f"pinned: {', '.join(pins)}"] if pins else notes
 
 
 if __name__ == "__main__":

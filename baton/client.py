@@ -27,10 +27,18 @@ CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
+# A partition leaves the socket open: a scheduler on another host that answers no ping is gone.
+PING_OPTIONS = [
+    ("grpc.keepalive_time_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.05, 0.5
 UNARY_TIMEOUT_S = 10.0
 # A scheduler that dies breaks a stream with the first, one that stops with the second.
 _BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+# How gRPC says, within UNAVAILABLE, that the server's certificate is wrong: no retry mends that.
+_NOT_TRUSTED = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification Check failed")
 
 
 class ClientError(Exception):
@@ -46,7 +54,7 @@ class ClientError(Exception):
 
 
 class Unreachable(ClientError):
-    """No scheduler answered for `retry_s` seconds."""
+    """No scheduler answered for `retry_s` seconds, or what answered is not to be trusted."""
 
 
 class StreamCorrupt(ClientError):
@@ -71,6 +79,23 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool | None
     logprobs: bool | None
+
+
+def open_channel(kind: Any, address: str, keys_dir: str) -> Any:
+    """A channel to the scheduler; `kind` is `grpc` or `grpc.aio`. With `keys_dir` both ends prove who
+    they are. Raises ClientError naming the file when the keys cannot be used."""
+    options = CHANNEL_OPTIONS + ([] if address.startswith("unix:") else PING_OPTIONS)
+    if not keys_dir:
+        return kind.insecure_channel(address, options=options)
+    from services.ops import keys  # only who has keys pays for these imports
+    from services.ops.errors import ConfigError
+    from services.wire import tls
+
+    try:
+        own = keys.load(keys_dir, "client")
+    except ConfigError as error:
+        raise ClientError("INVALID_ARGUMENT", error.message) from None
+    return tls.open_channel(kind, address, own, "scheduler", options)
 
 
 def _set(message: Any, name: str, value: Any) -> None:
@@ -153,6 +178,8 @@ class _Cursor:
         assert not self.done
         if code not in _BROKEN:
             raise ClientError(code.name, message)
+        if any(words in message for words in _NOT_TRUSTED):
+            raise Unreachable("UNAUTHENTICATED", f"the server is not trusted: {message}")
         if self._failures == 0:
             self._failing_since = now
         if now - self._failing_since >= self.retry_s:
@@ -210,14 +237,15 @@ def _raise(error: Any) -> NoReturn:
 
 
 class Client(_Calls):
-    """A blocking client; one may be used from many threads. `address` is host:port or unix:path.
+    """A blocking client; one may be used from many threads. `address` is host:port or unix:path;
+    `keys_dir` is what `baton keys` has made, for a cluster that runs with keys.
 
     Errors are ClientErrors. A request that was accepted and then failed is no error but a `failed`
     event, always the last one.
     """
 
-    def __init__(self, address: str, *, retry_s: float = 30.0) -> None:
-        super().__init__(grpc.insecure_channel(address, options=CHANNEL_OPTIONS), retry_s)
+    def __init__(self, address: str, *, retry_s: float = 30.0, keys_dir: str = "") -> None:
+        super().__init__(open_channel(grpc, address, keys_dir), retry_s)
 
     def generate(
         self,
@@ -294,8 +322,8 @@ class Client(_Calls):
 class AsyncClient(_Calls):
     """`Client` for asyncio: make it inside a running loop."""
 
-    def __init__(self, address: str, *, retry_s: float = 30.0) -> None:
-        super().__init__(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS), retry_s)
+    def __init__(self, address: str, *, retry_s: float = 30.0, keys_dir: str = "") -> None:
+        super().__init__(open_channel(grpc.aio, address, keys_dir), retry_s)
 
     def generate(
         self,

@@ -1,4 +1,4 @@
-"""What a cluster on one machine consists of: from one spec, the command line of every process.
+"""What runs on one machine, a whole cluster or one host's part: the command line of every process.
 
 Pure arithmetic over names, addresses and cores; it starts nothing. `baton/supervisor.py` does.
 """
@@ -22,6 +22,8 @@ from services.prefill.config import PrefillConfig
 from services.scheduler.config import SchedulerConfig
 
 ROLES = ("kv-store", "scheduler", "prefill", "decode")  # the order of starting
+# Where a host of several listens for the others, counted from `port_base`.
+CONTROL_PORT, STORE_PORT, INGEST_PORT, ANNOUNCE_PORT = 2, 11, 12, 21
 UNIX_PATH_BYTES_MAX = 107  # of sockaddr_un.sun_path, less the closing zero
 _MODULES = {role: f"services.{role.replace('-', '_')}" for role in ROLES}
 
@@ -43,7 +45,8 @@ def default_model() -> str:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """One machine's cluster. Every field is an option of `baton up` and a BATON_ variable."""
+    """One machine's cluster, or, with `advertise`, its part of one over several hosts. Every field is
+    an option of `baton up` and a BATON_ variable."""
 
     run_dir: str = option("", "sockets, logs, journal; empty: in XDG_RUNTIME_DIR or /tmp")
     model: str = option("", "Hugging Face directory; empty: the model that ships")
@@ -54,12 +57,24 @@ class ClusterSpec:
     kv_dtype: str = option("auto", "f32, bf16 or auto: bf16 for bf16 weights, else f32")
     layers_per_group: int = option(2, "layers streamed as one unit, 1 to all")
     arena_bytes: int = option(256 << 20, "size of each arena")
+    disk_dir: str = option("", "directory of the stores' tier on disk; empty: none")
+    disk_bytes: int = option(4 << 30, "bound of each store's tier on disk")
     prefill_device: str = option("cpu", "cpu, or a torch device: cuda, xpu, npu")
+    prefill_class: str = option("", "its numerics class; empty: asked of the device at start")
     cpus: tuple[int, ...] = option((), "cores to share out, like 0-3; empty: all that are allowed")
     prefill_cores: tuple[int, ...] = option((), "empty: the first of two or more")
     decode_cores: tuple[int, ...] = option((), "of all but prefill; empty: the others")
     stream: str = option("layers", "layers: announce each layer group; whole: once, at the end")
     recover: str = option("takeover", "takeover, or reprefill: the control that recomputes")
+    keys_dir: str = option("", "made by `baton keys`: TLS and CURVE everywhere; empty: plain")
+    roles: tuple[str, ...] = option((), "what runs here, like kv-store,prefill; empty: everything")
+    host: str = option("", "name of this host, part of its processes' names; empty: the machine's")
+    advertise: str = option("", "address where other hosts find this one; empty: there are none")
+    bind: str = option("", "address to listen on for other hosts; empty: the advertised one")
+    port_base: int = option(50050, "ports for other hosts: +2 control, +11 store, +12, +21 on")
+    scheduler: str = option("", "control address of the scheduler if another host runs it")
+    remote_stores: tuple[str, ...] = option((), "addresses of the other hosts' kv-stores")
+    arena: str = option("", "arena directory, if another supervisor of this host runs the kv-store")
     unsafe: tuple[str, ...] = option((), "guards to switch off, for the chaos controls only")
     failpoints: str = option("", "directory of armed failpoints; empty: none")
     log_level: str = option("info", "debug, info, warning or error")
@@ -69,12 +84,16 @@ class ClusterSpec:
         run_dir = os.path.abspath(self.run_dir or default_run_dir())
         object.__setattr__(self, "run_dir", run_dir)
         object.__setattr__(self, "model", os.path.abspath(self.model or default_model()))
+        if self.keys_dir:
+            object.__setattr__(self, "keys_dir", os.path.abspath(self.keys_dir))
         if not self.cpus:
             object.__setattr__(self, "cpus", tuple(sorted(os.sched_getaffinity(0))))
         if self.medium not in ("shm", "zmq"):
             raise ConfigError(f"medium: {self.medium!r} is neither shm nor zmq")
+        object.__setattr__(self, "roles", self.roles or ROLES)
+        self._check_hosts()
         for name in ("decode", "prefill"):
-            if getattr(self, name) < 1:
+            if name in self.roles and getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
         for entry in self.extra:
             if not entry.partition(":")[2].startswith("--"):
@@ -83,6 +102,25 @@ class ClusterSpec:
             self.unix(f"kv-store-{store}")
         self.unix("scheduler")
 
+    def _check_hosts(self) -> None:
+        """Raises ConfigError where what runs here does not fit what is said of other hosts."""
+        for role in self.roles:
+            if role not in ROLES:
+                raise ConfigError(f"roles: {role!r} is none of {', '.join(ROLES)}")
+        away = [role for role in ROLES if role not in self.roles]
+        if away and not self.advertise:
+            raise ConfigError(f"advertise: other hosts that run {', '.join(away)} need an address")
+        if self.advertise and self.medium != "shm":
+            raise ConfigError(f"medium: {self.medium!r}: a host among others has one arena, shm")
+        if ("scheduler" in self.roles) == bool(self.scheduler):
+            raise ConfigError("scheduler: either runs here or has an address elsewhere")
+        if self.remote_stores and "scheduler" not in self.roles:
+            raise ConfigError("remote_stores: are for the host that runs the scheduler")
+        if "kv-store" not in self.roles and "scheduler" in self.roles and not self.remote_stores:
+            raise ConfigError("remote_stores: the scheduler needs at least one kv-store")
+        if self.arena and "kv-store" in self.roles:
+            raise ConfigError("arena: is another supervisor's, so no kv-store runs here")
+
     @property
     def path(self) -> Path:
         return Path(self.run_dir)
@@ -90,6 +128,24 @@ class ClusterSpec:
     @property
     def stores(self) -> int:
         return 2 if self.medium == "zmq" else 1
+
+    def name(self, process: str) -> str:
+        """A process's name, told apart from its like on other hosts."""
+        return f"{process}@{self.host}" if self.host else process
+
+    def listen_at(self, port: int) -> str:
+        """host:port to listen on for other hosts."""
+        return f"{self.bind or self.advertise}:{self.port_base + port}"
+
+    def reach_at(self, port: int) -> str:
+        """host:port where other hosts find what listens there."""
+        return f"{self.advertise}:{self.port_base + port}"
+
+    @property
+    def control(self) -> str:
+        """Where this host's workers find the scheduler."""
+        here = self.reach_at(CONTROL_PORT) if self.advertise else self.unix("scheduler")
+        return self.scheduler or here
 
     def unix(self, name: str) -> str:
         """The gRPC address of an internal socket. Raises ConfigError when run_dir is too long."""
@@ -100,7 +156,10 @@ class ClusterSpec:
 
     def arena_dir(self, store: int) -> str:
         """Named after run_dir, so that a cluster that comes back finds its arena."""
-        return f"/dev/shm/baton-{hashlib.sha256(self.run_dir.encode()).hexdigest()[:12]}-{store}"
+        return (
+            self.arena
+            or f"/dev/shm/baton-{hashlib.sha256(self.run_dir.encode()).hexdigest()[:12]}-{store}"
+        )
 
     def cores(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Prefill's cores and everybody else's; () is no pinning, as on a single core."""
@@ -131,25 +190,34 @@ def variables_of(config: type) -> frozenset[str]:
 
 
 def processes(spec: ClusterSpec) -> list[ProcessSpec]:
-    """Every process of the cluster, in the order of starting."""
-    return [
-        *(_kv_store(spec, store) for store in range(spec.stores)),
-        _scheduler(spec),
-        *(_prefill(spec, n) for n in range(spec.prefill)),
-        *(_decode(spec, n) for n in range(spec.decode)),
-    ]
+    """Every process that runs here, in the order of starting."""
+    makers = {
+        "kv-store": (_kv_store, spec.stores),
+        "scheduler": (lambda spec, _: _scheduler(spec), 1),
+        "prefill": (_prefill, spec.prefill),
+        "decode": (_decode, spec.decode),
+    }
+    here = [makers[role] for role in ROLES if role in spec.roles]
+    return [make(spec, n) for make, count in here for n in range(count)]
 
 
 def _kv_store(spec: ClusterSpec, store: int) -> ProcessSpec:
     name = f"kv-store-{store}"
+    ingest: dict[str, Any] = {}
+    if spec.advertise:
+        ingest["ingest_listen"] = f"tcp://{spec.listen_at(INGEST_PORT)}"
+        ingest["ingest_advertise"] = f"tcp://{spec.reach_at(INGEST_PORT)}"
     config = KvStoreConfig(
         **_shared(spec, name),
+        **ingest,
         **_devices(spec),
         arena_dir=spec.arena_dir(store),
         arena_bytes=spec.arena_bytes,
         kv_dtype=spec.kv_dtype,
         layers_per_group=spec.layers_per_group,
-        listen=spec.unix(name),
+        disk_dir=os.path.abspath(f"{spec.disk_dir}/{name}") if spec.disk_dir else "",
+        disk_bytes=spec.disk_bytes,
+        listen=spec.listen_at(STORE_PORT) if spec.advertise else spec.unix(name),
         cores=spec.cores()[1],
         unsafe=spec.unsafe,
     )
@@ -157,11 +225,14 @@ def _kv_store(spec: ClusterSpec, store: int) -> ProcessSpec:
 
 
 def _scheduler(spec: ClusterSpec) -> ProcessSpec:
+    stores = [spec.unix(f"kv-store-{store}") for store in range(spec.stores)]
+    if spec.advertise:
+        stores = [spec.reach_at(STORE_PORT)]
     config = SchedulerConfig(
         **_shared(spec, "scheduler"),
         listen=spec.listen,
-        control_listen=spec.unix("scheduler"),
-        stores=tuple(spec.unix(f"kv-store-{store}") for store in range(spec.stores)),
+        control_listen=spec.listen_at(CONTROL_PORT) if spec.advertise else spec.control,
+        stores=(*(stores if "kv-store" in spec.roles else ()), *spec.remote_stores),
         journal_dir=f"{spec.run_dir}/journal",
         recover=spec.recover,
         cores=spec.cores()[1],
@@ -175,7 +246,8 @@ def _prefill(spec: ClusterSpec, n: int) -> ProcessSpec:
     config = PrefillConfig(
         **_shared(spec, f"prefill-{n}"),
         **_devices(spec),
-        scheduler=spec.unix("scheduler"),
+        host=spec.host,
+        scheduler=spec.control,
         arena_dir=spec.arena_dir(0),
         device=spec.prefill_device,
         stream=spec.stream,
@@ -186,10 +258,16 @@ def _prefill(spec: ClusterSpec, n: int) -> ProcessSpec:
 
 
 def _decode(spec: ClusterSpec, n: int) -> ProcessSpec:
+    announce: dict[str, Any] = {}
+    if spec.advertise:
+        announce["announce_listen"] = f"tcp://{spec.listen_at(ANNOUNCE_PORT + n)}"
+        announce["announce_advertise"] = f"tcp://{spec.reach_at(ANNOUNCE_PORT + n)}"
     config = DecodeConfig(
         **_shared(spec, f"decode-{n}"),
         **_devices(spec),
-        scheduler=spec.unix("scheduler"),
+        **announce,
+        host=spec.host,
+        scheduler=spec.control,
         arena_dir=spec.arena_dir(spec.stores - 1),
         cores=spec.cores()[1],
         unsafe=spec.unsafe,
@@ -199,15 +277,16 @@ def _decode(spec: ClusterSpec, n: int) -> ProcessSpec:
 
 def _shared(spec: ClusterSpec, name: str) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": spec.name(name),
         "model": spec.model,
+        "keys_dir": spec.keys_dir,
         "failpoints": spec.failpoints,
         "log_level": spec.log_level,
     }
 
 
 def _devices(spec: ClusterSpec) -> dict[str, Any]:
-    return {"prefill_device": spec.prefill_device.partition(":")[0]}
+    return {"prefill_device": spec.prefill_class or spec.prefill_device}
 
 
 def _process(spec: ClusterSpec, role: str, config: Any) -> ProcessSpec:

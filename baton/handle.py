@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from baton.cluster import ClusterSpec, variables_of
 from services.ops.config import as_arguments
 from services.ops.errors import BatonError
+from services.ops.private import private_directory
 
 STATE_FILE = "supervisor.json"
 START_S_MAX = 150.0  # the supervisor itself gives up after 120
@@ -127,33 +128,44 @@ class SupervisorHandle:
 
     @classmethod
     def start(
-        cls, spec: ClusterSpec, *, deadline_s: float = START_S_MAX, detach: bool = False
-    ) -> SupervisorHandle:
-        """Starts a cluster and waits until every process is ready. Raises StartFailed."""
-        logs = spec.path / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        unset = variables_of(ClusterSpec)
-        more = [] if detach else ["--stop-on-eof"]
-        with (logs / "supervisor.log").open("ab") as errors:
-            handle = cls(
-                spec,
-                subprocess.Popen(
-                    [sys.executable, "-m", "baton.supervisor", *as_arguments(spec), *more],
-                    env={k: v for k, v in os.environ.items() if k not in unset},
-                    stdin=subprocess.DEVNULL if detach else subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    start_new_session=detach,
-                ),
-            )
+        cls, spec: ClusterSpec, *, deadline_s: float = START_S_MAX, detach: bool = False,
+        prefix: Sequence[str] = (),
+    ) -> SupervisorHandle:  # fmt: skip
+        """Starts a cluster and waits until every process is ready. Raises StartFailed.
+
+        `prefix` goes before the command line and must end in executing it, as `ip netns exec` does.
+        """
+        handle = cls.launch(spec, detach=detach, prefix=prefix)
         try:
-            handle._await_ready(deadline_s)
+            handle.await_ready(deadline_s)
         except BaseException:
             handle.stop()
             raise
         return handle
 
-    def _await_ready(self, deadline_s: float) -> None:
+    @classmethod
+    def launch(
+        cls, spec: ClusterSpec, *, detach: bool = False, prefix: Sequence[str] = ()
+    ) -> SupervisorHandle:
+        """Starts the supervisor alone; `await_ready()` is still to come."""
+        private_directory(spec.path, "run_dir")
+        logs = spec.path / "logs"
+        private_directory(logs, "run_dir")
+        unset = variables_of(ClusterSpec)
+        more = [] if detach else ["--stop-on-eof"]
+        with (logs / "supervisor.log").open("ab") as errors:
+            process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "baton.supervisor", *as_arguments(spec), *more],
+                env={k: v for k, v in os.environ.items() if k not in unset},
+                stdin=subprocess.DEVNULL if detach else subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=detach,
+            )
+        return cls(spec, process)
+
+    def await_ready(self, deadline_s: float = START_S_MAX) -> None:
+        """Waits until every process is ready. Raises StartFailed."""
         assert self.process.stdout is not None
         end, text = time.monotonic() + deadline_s, b""
         while b"\n" not in text:

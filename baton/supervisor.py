@@ -1,4 +1,4 @@
-"""The supervisor of a cluster on one machine: starts the processes, restarts the dead, ends all.
+"""The supervisor of what runs on one machine: starts the processes, restarts the dead, ends all.
 
 It waits on each process, so a death is known at once, and it keeps `supervisor.json` in the run
 directory true. It knows command lines and pids and nothing about requests.
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from baton.handle import (
 )
 from services.ops import config, lifecycle, log
 from services.ops.errors import ConfigError
+from services.ops.private import private_directory
 
 __all__ = ["Child", "RestartPolicy", "Supervisor", "SupervisorHandle", "main", "supervise"]
 
@@ -165,7 +167,7 @@ class Supervisor:
         self, spec: ClusterSpec, plan: Callable[[ClusterSpec], list[ProcessSpec]] = processes
     ) -> None:
         self.spec, self._plan = spec, plan
-        self.address = spec.listen
+        self.address = spec.listen if "scheduler" in spec.roles else ""
         self._ready = False
         logs = spec.path / "logs"
         logs.mkdir(parents=True, exist_ok=True)
@@ -216,7 +218,8 @@ class Supervisor:
             group = [(child, task) for child, task in pairs if child.spec.role in roles]
             await asyncio.gather(*(child.stop(task) for child, task in group))
         assert all(child.pid is None for child in self.children)
-        for store in range(self.spec.stores):
+        removed = self.spec.stores if "kv-store" in self.spec.roles else 0
+        for store in range(removed if "shm" not in self.spec.unsafe else 0):
             shutil.rmtree(self.spec.arena_dir(store), ignore_errors=True)
         for pattern in ("*.sock", "*.alive", STATE_FILE):
             for path in self.spec.path.glob(pattern):
@@ -240,6 +243,9 @@ class Supervisor:
             "address": self.address,
             "run_dir": self.spec.run_dir,
             "medium": self.spec.medium,
+            "keys_dir": self.spec.keys_dir,
+            "host": self.spec.host,
+            "scheduler": self.spec.control,
             "model": self.spec.model,
             "processes": [
                 {
@@ -258,7 +264,7 @@ class Supervisor:
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Holds the run directory for this process. Raises ConfigError when another one has it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    private_directory(run_dir, "run_dir")
     with (run_dir / "supervisor.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -279,6 +285,25 @@ def _stop_on_eof(stop: asyncio.Event) -> None:
     loop.add_reader(0, on_readable)
 
 
+def with_prefill_class(spec: ClusterSpec) -> ClusterSpec:
+    """The spec with prefill's numerics class, asked once in a process that has prefill's cores.
+
+    Every process of the cluster is told the same class, and only prefill needs the device. Raises
+    ConfigError when torch cannot use it.
+    """
+    if spec.prefill_device == "cpu" or spec.prefill_class:
+        return spec
+    asked = subprocess.run(
+        [sys.executable, "-m", "services.engine.torch_device", f"--device={spec.prefill_device}"],
+        capture_output=True, text=True, timeout=READY_S_MAX, check=False,
+        preexec_fn=lambda: lifecycle.pin(spec.cores()[0]),
+    )  # fmt: skip
+    if asked.returncode:
+        reason = asked.stderr.strip().rpartition("\n")[2].removeprefix("ConfigError: device: ")
+        raise ConfigError(f"prefill_device: {reason}")
+    return dataclasses.replace(spec, prefill_class=asked.stdout.strip())
+
+
 async def supervise(
     spec: ClusterSpec, on_ready: Callable[[dict[str, Any]], None], stop_on_eof: bool = False
 ) -> None:
@@ -288,7 +313,7 @@ async def supervise(
         stop = lifecycle.stop_event()
         if stop_on_eof:
             _stop_on_eof(stop)
-        await Supervisor(spec).run(stop, on_ready)
+        await Supervisor(with_prefill_class(spec)).run(stop, on_ready)
 
 
 def _announce(state: dict[str, Any]) -> None:

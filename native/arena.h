@@ -12,24 +12,30 @@ constexpr uint32_t kPageMagic = 0x31475042;  // "BPG1"
 
 enum PageState : uint32_t { kFree = 0, kOpen = 1, kSealed = 2 };
 
-// 384 bytes, six cache lines. Seals are written by the page's one writer, `state` last, with release.
-// `owner`, `writer` and `quarantined` are the kv-store's own: a writer that wakes up late and seals a
-// page that was taken from it cannot make it look trustworthy.
+// 384 bytes, six cache lines. The first is the kv-store's own, with a checksum that it alone keeps: a
+// writer that wakes up late and seals a page that was taken from it cannot make it look trustworthy.
+// The second is written by the page's one writer, `state` last, with release; the store sets `state`
+// when it leases a page and when it frees it.
 struct PageHeader {
   uint32_t magic;
   uint16_t version;
   uint16_t group;
-  uint32_t state;
-  uint32_t epoch;
-  uint64_t owner;        // slot of the stream record that leased it, plus one
-  unsigned char key[16]; // sealed: chained hash of the tokens
-  uint32_t tokens;
-  uint32_t checksum;     // sealed: CRC32C over row_crc
   uint32_t block;
-  uint32_t quarantined;
-  uint64_t stamp;        // last use, for eviction after a restart
+  uint32_t lease;        // 0: free
+  uint64_t owner;        // slot of the stream record that leased it, plus one; 0: free or cached
+  uint64_t stamp;        // when it was leased, for eviction after a restart
   unsigned char writer[16];  // the worker that may write the page
-  unsigned char padding[48];
+  uint32_t epoch;
+  uint32_t quarantined;
+  uint32_t own_crc;      // CRC32C over all before
+  uint32_t own_padding;
+
+  uint32_t state;
+  uint32_t tokens;
+  unsigned char key[16]; // sealed: chained hash of the tokens
+  uint32_t checksum;     // sealed: CRC32C over row_crc
+  unsigned char padding[36];
+
   uint32_t row_crc[kPageTokens];
 };
 static_assert(sizeof(PageHeader) == 384, "six cache lines");
@@ -60,19 +66,28 @@ class Pages {
     return reinterpret_cast<PageHeader*>(base_ + g_.header_offset) + page;
   }
 
-  // CRC32C of one token's K and V over all layers and heads of the page's group. `seed` identifies
-  // the tokens up to and including this one, so that foreign bytes fail even when they are intact.
-  uint32_t row_crc(uint32_t page, int row, int group, uint32_t seed) const;
+  // A row's checksum is the CRC32C of one token's K and V over all layers and heads of the page's
+  // group. Its seed identifies the tokens up to and including this one, so that foreign bytes fail
+  // even when they are intact. Rows are given by page and row in it.
+  struct Rows {
+    const uint32_t* pages;
+    const int32_t* rows;
+    const uint32_t* seeds;
+    ptrdiff_t count;
+  };
+  void stamp_rows(const Rows& rows, int group) const;
+  // The first index whose stored checksum differs, or -1.
+  ptrdiff_t verify_rows(const Rows& rows, int group) const;
   void copy_rows(uint32_t from, uint32_t to, int rows, int group) const;
-  void seal(uint32_t page, int group, int rows, const unsigned char key[16]) const;
+  void seal(uint32_t page, int rows, const unsigned char key[16]) const;
   uint32_t seal_checksum(uint32_t page, int rows) const;
 
  private:
+  void row_crcs(const Rows& rows, ptrdiff_t begin, int count, int group, uint32_t* crcs) const;
+
   unsigned char* base_;
   Geometry g_;
 };
-
-uint32_t crc32c(const void* data, size_t size, uint32_t seed);
 
 // How the seed of the same token differs from one layer group to the next.
 inline uint32_t group_seed(uint32_t seed, int group) {

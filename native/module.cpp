@@ -11,8 +11,10 @@
 #include <climits>
 #include <cstring>
 #include <ctime>
+#include <vector>
 
 #include "arena.h"
+#include "crc32c.h"
 #include "engine.h"
 
 namespace py = pybind11;
@@ -27,6 +29,17 @@ py::buffer_info writable(const py::buffer& buffer) {
   py::buffer_info info = buffer.request(true);
   if (info.itemsize * info.size < 1) throw py::value_error("buffer: empty");
   return info;
+}
+
+// Over so many bytes it pays to let other threads go on; for fewer, taking the lock again may cost
+// more than the work.
+constexpr size_t kLongBytes = 65536;
+
+template <class Work>
+void without_lock(size_t bytes, const Work& work) {
+  if (bytes < kLongBytes) return work();
+  py::gil_scoped_release release;
+  work();
 }
 
 // --- 64-bit words in shared memory ---------------------------------------------------------------
@@ -98,21 +111,32 @@ class Arena {
 
   void stamp_rows(const Array<uint32_t>& ids, const Array<int32_t>& rows,
                   const Array<uint32_t>& seeds, int group) const {
-    const py::ssize_t n = check(ids, rows, seeds, group);
-    for (py::ssize_t i = 0; i < n; i++)
-      pages_.header(ids.data()[i])->row_crc[rows.data()[i]] =
-          pages_.row_crc(ids.data()[i], rows.data()[i], group, seeds.data()[i]);
+    const Pages::Rows which = check(ids, rows, seeds, group);
+    without_lock(row_bytes(which, group), [&] { pages_.stamp_rows(which, group); });
   }
   // The first index whose stored checksum differs, or -1.
   py::ssize_t verify_rows(const Array<uint32_t>& ids, const Array<int32_t>& rows,
                           const Array<uint32_t>& seeds, int group) const {
-    const py::ssize_t n = check(ids, rows, seeds, group);
-    py::gil_scoped_release release;
-    for (py::ssize_t i = 0; i < n; i++)
-      if (pages_.header(ids.data()[i])->row_crc[rows.data()[i]] !=
-          pages_.row_crc(ids.data()[i], rows.data()[i], group, seeds.data()[i]))
-        return i;
-    return -1;
+    const Pages::Rows which = check(ids, rows, seeds, group);
+    py::ssize_t bad = -1;
+    without_lock(row_bytes(which, group), [&] { bad = pages_.verify_rows(which, group); });
+    return bad;
+  }
+  // The same for the tokens [begin, begin + seeds.size) of a sequence with this block table.
+  void stamp_tokens(const Array<uint32_t>& blocks, py::ssize_t begin, const Array<uint32_t>& seeds,
+                    int group) const {
+    const Tokens tokens = locate(blocks, begin, seeds, group);
+    const Pages::Rows which = tokens.with(seeds);
+    without_lock(row_bytes(which, group), [&] { pages_.stamp_rows(which, group); });
+  }
+  // The first token whose stored checksum differs, or -1.
+  py::ssize_t verify_tokens(const Array<uint32_t>& blocks, py::ssize_t begin,
+                            const Array<uint32_t>& seeds, int group) const {
+    const Tokens tokens = locate(blocks, begin, seeds, group);
+    const Pages::Rows which = tokens.with(seeds);
+    py::ssize_t bad = -1;
+    without_lock(row_bytes(which, group), [&] { bad = pages_.verify_rows(which, group); });
+    return bad < 0 ? -1 : begin + bad;
   }
   void copy_rows(uint32_t from, uint32_t to, int rows, int group) const {
     check_page(from), check_page(to), check_group(group);
@@ -124,12 +148,19 @@ class Arena {
     check_page(page), check_group(group);
     if (rows < 0 || rows > kPageTokens) throw py::value_error("rows: 0 to 64");
     if (key.size() != 16) throw py::value_error("key: 16 bytes");
-    pages_.seal(page, group, rows, reinterpret_cast<const unsigned char*>(key.data()));
+    pages_.seal(page, rows, reinterpret_cast<const unsigned char*>(key.data()));
   }
   uint32_t seal_checksum(uint32_t page, int rows) const {
     check_page(page);
     if (rows < 0 || rows > kPageTokens) throw py::value_error("rows: 0 to 64");
     return pages_.seal_checksum(page, rows);
+  }
+  // What the seals of whole pages should say.
+  Array<uint32_t> seal_checksums(const Array<uint32_t>& ids) const {
+    Array<uint32_t> sums(ids.size());
+    for (py::ssize_t i = 0; i < ids.size(); i++)
+      sums.mutable_data()[i] = seal_checksum(ids.data()[i], kPageTokens);
+    return sums;
   }
   uint32_t state(uint32_t page) const {
     check_page(page);
@@ -143,7 +174,36 @@ class Arena {
   void check_group(int group) const {
     if (group < 0 || group >= pages_.geometry().groups()) throw py::index_error("group: out of range");
   }
-  py::ssize_t check(const Array<uint32_t>& ids, const Array<int32_t>& rows,
+  struct Tokens {
+    std::vector<uint32_t> pages;
+    std::vector<int32_t> rows;
+    Pages::Rows with(const Array<uint32_t>& seeds) const {
+      return {pages.data(), rows.data(), seeds.data(), ptrdiff_t(pages.size())};
+    }
+  };
+  // Page ids run group by group: group * blocks of the arena + block.
+  Tokens locate(const Array<uint32_t>& blocks, py::ssize_t begin, const Array<uint32_t>& seeds,
+                int group) const {
+    check_group(group);
+    const py::ssize_t end = begin + seeds.size();
+    const size_t per_group = pages_.geometry().page_count / size_t(pages_.geometry().groups());
+    if (blocks.ndim() != 1 || begin < 0 || end > blocks.size() * kPageTokens)
+      throw py::value_error("tokens: outside the block table");
+    Tokens tokens;
+    tokens.pages.reserve(size_t(seeds.size())), tokens.rows.reserve(size_t(seeds.size()));
+    for (py::ssize_t token = begin; token < end; token++) {
+      const uint32_t block = blocks.data()[token / kPageTokens];
+      if (block >= per_group) throw py::index_error("block: outside the arena");
+      tokens.pages.push_back(uint32_t(size_t(group) * per_group + block));
+      tokens.rows.push_back(int32_t(token % kPageTokens));
+    }
+    return tokens;
+  }
+  size_t row_bytes(const Pages::Rows& rows, int group) const {
+    const Geometry& g = pages_.geometry();
+    return size_t(rows.count) * g.layers_in(group) * 2 * g.kv_heads * g.row_bytes();
+  }
+  Pages::Rows check(const Array<uint32_t>& ids, const Array<int32_t>& rows,
                     const Array<uint32_t>& seeds, int group) const {
     check_group(group);
     if (rows.size() != ids.size() || seeds.size() != ids.size())
@@ -152,7 +212,7 @@ class Arena {
       check_page(ids.data()[i]);
       if (rows.data()[i] < 0 || rows.data()[i] >= kPageTokens) throw py::index_error("rows: 0 to 63");
     }
-    return ids.size();
+    return {ids.data(), rows.data(), seeds.data(), ids.size()};
   }
   py::buffer_info info_;
   Pages pages_;
@@ -167,9 +227,9 @@ Geometry geometry(size_t header_offset, size_t pages_offset, size_t page_bytes, 
 uint32_t checksum(const py::buffer& data, uint32_t seed) {
   py::buffer_info info = data.request();
   const size_t bytes = size_t(info.size) * info.itemsize;
-  if (bytes < 65536) return crc32c(info.ptr, bytes, seed);
-  py::gil_scoped_release release;
-  return crc32c(info.ptr, bytes, seed);
+  uint32_t crc = 0;
+  without_lock(bytes, [&] { crc = crc32c(info.ptr, bytes, seed); });
+  return crc;
 }
 
 // seeds[i] identifies the tokens up to and including tokens[i], from the seed before them.
@@ -302,10 +362,15 @@ PYBIND11_MODULE(_native, m) {
            py::arg("group"))
       .def("verify_rows", &Arena::verify_rows, py::arg("pages"), py::arg("rows"), py::arg("seeds"),
            py::arg("group"))
+      .def("stamp_tokens", &Arena::stamp_tokens, py::arg("blocks"), py::arg("begin"),
+           py::arg("seeds"), py::arg("group"))
+      .def("verify_tokens", &Arena::verify_tokens, py::arg("blocks"), py::arg("begin"),
+           py::arg("seeds"), py::arg("group"))
       .def("copy_rows", &Arena::copy_rows, py::arg("source"), py::arg("target"), py::arg("rows"),
            py::arg("group"))
       .def("seal", &Arena::seal, py::arg("page"), py::arg("group"), py::arg("rows"), py::arg("key"))
       .def("seal_checksum", &Arena::seal_checksum, py::arg("page"), py::arg("rows"))
+      .def("seal_checksums", &Arena::seal_checksums, py::arg("pages"))
       .def("state", &Arena::state);
 
   py::class_<PyEngine>(m, "Engine")

@@ -2,7 +2,8 @@
 
 Builds the images, starts every container, checks that prefill and decode share no core, then streams
 from this machine while the container that decodes is killed: once with `docker kill`, once by killing
-its process, after which Docker must bring it back. Tokens must equal those of an undisturbed run.
+its process, after which Docker must bring it back. Tokens must equal those of an undisturbed run. Then
+the same deployment with keys: the same tokens, and no client without keys.
 
 Needs root and what `scripts/install_docker.sh` installs. Starts a Docker daemon when none answers and
 ends only that one. The last line is one JSON object; the exit status is 0 when everything held.
@@ -25,8 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from baton.client import Client
+from baton.client import Client, Unreachable
 from baton.handle import wait_until
+from baton.keys import make
 from baton.v1 import inference_pb2 as pb
 from services.ops.config import parse_cores
 
@@ -37,6 +39,7 @@ SAMPLING: dict[str, Any] = {"temperature": 0.8, "seed": 11, "max_tokens": 600, "
 KILL_AT = 40
 HEALTHY_S_MAX = 120.0
 RESTART_S_MAX = 60.0
+CONTAINER_USER = 10001
 
 
 def run(*command: str, env: dict[str, str] | None = None) -> str:
@@ -76,18 +79,23 @@ def docker_daemon() -> Iterator[None]:
 class Deployment:
     """One Compose project: prefill on the first core, all others on the rest."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys_dir: str = "") -> None:
         plugin = succeeds("docker", "compose", "version")
         self._compose = ("docker", "compose") if plugin else ("docker-compose",)
         cpus = sorted(os.sched_getaffinity(0))
         self.separate = len(cpus) > 1
         self.containers: dict[str, str] = {}
+        self.keys_dir = keys_dir
+        overlay = ":deploy/compose.keys.yml" if keys_dir else ""
         self._env = {
+            "COMPOSE_FILE": f"docker-compose.yml{overlay}",
+            "KEYS_DIR": keys_dir,
             "COMPOSE_PROJECT_NAME": f"baton-{uuid.uuid4().hex[:8]}",
             "BATON_IMAGE": "baton:compose-test",
             "BATON_PORT": "0",
             "PREFILL_CPUS": str(cpus[0]),
             "DECODE_CPUS": ",".join(map(str, cpus[1:] or cpus)),
+            "PREFILL_IO_CPU": str((cpus[1:] or cpus)[0]),
         }
 
     def compose(self, *arguments: str) -> str:
@@ -240,7 +248,7 @@ def check(deployment: Deployment) -> dict[str, Any]:
     with Client(deployment.address()) as client:
         say("an undisturbed stream")
         undisturbed = stream(client)
-        tokens = undisturbed.pop("tokens")
+        tokens = undisturbed["tokens"]
         docker_kill = check_docker_kill(deployment, client, tokens)
         process_kill = check_process_kill(deployment, client, tokens)
         again = stream(client)
@@ -254,13 +262,42 @@ def check(deployment: Deployment) -> dict[str, Any]:
     }
 
 
+def make_keys(directory: Path) -> None:
+    """A cluster's keys; what containers mount belongs to their user."""
+    make(directory, ["kv-store", "scheduler"])
+    for name in ("public", "scheduler", "kv-store", "prefill", "decode"):
+        for path in (directory / name, *(directory / name).rglob("*")):
+            os.chown(path, CONTAINER_USER, CONTAINER_USER)
+
+
+def check_keys(deployment: Deployment, reference: list[int]) -> dict[str, Any]:
+    """With keys: all are healthy, the tokens are the same, and a client without keys is refused."""
+    healthy_s = deployment.wait_healthy()
+    with Client(deployment.address(), keys_dir=deployment.keys_dir) as client:
+        streamed = stream(client)
+    same = streamed["finished"] and streamed.pop("tokens") == reference
+    with Client(deployment.address(), retry_s=0.5) as stranger:
+        try:
+            stranger.view()
+            refused = False
+        except Unreachable:
+            refused = True
+    return {"ok": same and refused, "healthy_s": healthy_s, "same_tokens": same, "refused": refused}
+
+
 def main() -> int:
     deployment = Deployment()
-    with docker_daemon():
+    with docker_daemon(), tempfile.TemporaryDirectory(prefix="baton-keys-") as keys_dir:
         deployment.build()
         with deployment:
             deployment.start()
             result = check(deployment)
+            reference = result["undisturbed"].pop("tokens")
+        make_keys(Path(keys_dir))
+        say("the same with keys")
+        with Deployment(keys_dir) as keyed:
+            keyed.start()
+            result["keys"] = check_keys(keyed, reference)
     ok = all(part["ok"] for part in result.values())
     print(json.dumps({"ok": ok, **result}))
     return 0 if ok else 1

@@ -121,7 +121,7 @@ def describe_kill(first: Stream, second: Stream) -> dict[str, Any]:
 
 
 def demonstrate(cluster: SupervisorHandle, with_kill: bool) -> dict[str, Any]:
-    with Client(cluster.address) as client:
+    with Client(cluster.address, keys_dir=cluster.spec.keys_dir) as client:
         print(f"\n--- a completion, from {cluster.address} ---")
         print("\n".join(prompt().splitlines()[-3:]))
         first = Stream()
@@ -141,10 +141,13 @@ def demonstrate(cluster: SupervisorHandle, with_kill: bool) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--medium", default="shm", choices=("shm", "zmq"))
+    parser.add_argument("--keys-dir", default="", help="run the cluster with keys")
     parser.add_argument("--no-kill", action="store_true", help="only the undisturbed stream")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="baton-demo-") as run_dir:
-        spec = ClusterSpec(run_dir=run_dir, listen="127.0.0.1:0", medium=options.medium)
+        spec = ClusterSpec(
+            run_dir=run_dir, listen="127.0.0.1:0", medium=options.medium, keys_dir=options.keys_dir
+        )
         print("starting kv-store, scheduler, prefill and two decodes ...", flush=True)
         started = time.monotonic()
         with SupervisorHandle.start(spec) as cluster:

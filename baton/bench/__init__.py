@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatches to one of the benchmarks by name."""
-    from baton.bench import handoff, journal
+    from baton.bench import handoff, journal, prefix, takeover
+    from baton.bench.kv import command as kv
 
     benches: dict[str, Callable[[Sequence[str]], int]] = {
         "handoff": handoff.main,
         "journal": journal.main,
+        "kv": kv.main,
+        "prefix": prefix.main,
+        "takeover": takeover.main,
     }
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] not in benches:

@@ -22,6 +22,8 @@ class Verdict:
     broken_streams: int = 0  # whose call ended early although its scheduler lived
     prompt_tokens_recomputed: int = 0
     leaked_pages: int = 0
+    wrong_answers: int = 0  # streams that ended well with other tokens than the undisturbed run's
+    epochs_lost: int = 0  # streams that were taken over although nobody could succeed their decode
 
     @property
     def clean(self) -> bool:
@@ -49,7 +51,11 @@ def judge_stream(
         mismatched += index >= len(expected) or expected[index] != token
         had.add(index)
     lost = len(set(range(len(expected))) - had)
-    return Verdict(lost, duplicated, mismatched, disordered, int(list(endings) != [LENGTH]))
+    well = list(endings) == [LENGTH]
+    wrong = well and (lost > 0 or mismatched > 0)
+    return Verdict(
+        lost, duplicated, mismatched, disordered, int(not well), wrong_answers=int(wrong)
+    )
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,20 @@ class PromptWork:
     recomputed: int  # its own count
     usage_recomputed: int  # what the requests' final events say, summed
     due: int  # tokens that prefill had to compute once: prompts without what was cached
+    done_by_the_dead: int = 0  # of them, complete before the prefill that reports no more died
 
 
 def recomputed(work: PromptWork) -> int:
     """Prompt tokens computed twice, by whichever of the three accounts says most."""
-    return max(work.recomputed, work.usage_recomputed, work.computed - work.due)
+    again = work.computed + work.done_by_the_dead - work.due
+    return max(work.recomputed, work.usage_recomputed, again)
 
 
-def stall_s(times: Sequence[float], crash_at: float) -> float | None:
+def stall_s(times: Sequence[float], crash_at: float, *, first_too: bool = False) -> float | None:
     """The longest pause between two tokens that ends after the crash; None when it missed the
-    stream: nothing had come before it, or nothing came after."""
+    stream: nothing had come before it, or nothing came after. With `first_too`, a stream that had
+    no token yet has paused from the crash to its first one."""
+    if first_too and times and times[0] > crash_at:
+        return times[0] - crash_at
     gaps = [b - a for a, b in itertools.pairwise(times) if b > crash_at]
     return max(gaps) if gaps and times[0] <= crash_at else None

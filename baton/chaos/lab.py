@@ -9,22 +9,29 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from random import Random
 from types import TracebackType
 from typing import Any
 
 import grpc
 
-from baton.client import CHANNEL_OPTIONS
+from baton.chaos.link import Flipper, Relay
+from baton.client import open_channel
 from baton.cluster import ClusterSpec
 from baton.handle import StartFailed, SupervisorHandle
 from baton.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 
 VIEW_S = 2.0
+LEFTOVERS_S_MAX = 5.0
+LINK = "link"
 REST_S_MAX = 30.0
 POLL_S = 0.01
+FLIP_GAP_BYTES = 300_000  # between two flips on the wire, on average
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,31 @@ class Death:
 
 
 class Lab:
-    """A running cluster with two decodes; use as a context manager."""
+    """A running cluster; use as a context manager. With `linked`, what prefill's store sends to
+    decode's goes through `link`."""
 
-    def __init__(self, spec: ClusterSpec) -> None:
+    def __init__(self, spec: ClusterSpec, linked: bool = False, rng: Random | None = None) -> None:
         self._failpoints = spec.path / "failpoints"
         self._failpoints.mkdir(parents=True, exist_ok=True)
         self.spec = dataclasses.replace(spec, failpoints=str(self._failpoints))
+        self.link: Relay | None = None
+        if linked:
+            self._lay_link(rng or Random(0))
         self.handle = SupervisorHandle.start(self.spec)
         self._stopped: set[str] = set()
         self._wall_offset = time.time() - time.monotonic()
         self.leaked = 0  # pages that an earlier run has left behind
+        self._files = arena_files(self.spec)
+        self.leaked_shm_files = 0  # known after the end
+
+    def _lay_link(self, rng: Random) -> None:
+        """Decode's store takes pages on a unix socket, and prefill is told the relay's address."""
+        socket = f"{self.spec.run_dir}/ingest.sock"
+        self.link = Relay(socket, Flipper(rng, FLIP_GAP_BYTES))
+        store = self.process_of("kv-store")
+        options = (f"--ingest-listen=ipc://{socket}", f"--ingest-advertise={self.link.address}")
+        more = tuple(f"{store}:{option}" for option in options)
+        self.spec = dataclasses.replace(self.spec, extra=(*self.spec.extra, *more))
 
     def __enter__(self) -> Lab:
         return self
@@ -57,7 +79,26 @@ class Lab:
         trace: TracebackType | None,
     ) -> None:
         self.revive()
+        files = self._leftovers()
         self.handle.stop()
+        self.leaked_shm_files = len(files) + len(arena_files(self.spec))
+        for store in range(self.spec.stores):  # the control without the guard leaves them
+            shutil.rmtree(self.spec.arena_dir(store), ignore_errors=True)
+        if self.link is not None:
+            self.link.close()
+
+    def _leftovers(self) -> set[str]:
+        """Files beside the arenas' own and the locks of whoever lives; the dead's locks have some
+        time to go."""
+        end = time.monotonic() + LEFTOVERS_S_MAX
+        while True:  # bounded by the deadline
+            known = {name for name in self._files if "/locks/" not in name}
+            extra = arena_files(self.spec) - known
+            workers = self.spec.prefill + self.spec.decode
+            locks = {name for name in extra if "/locks/" in name}
+            if (extra == locks and len(locks) <= workers) or time.monotonic() > end:
+                return (extra - locks) | set(sorted(locks)[workers:])
+            time.sleep(POLL_S)
 
     # --- faults ---
 
@@ -85,9 +126,17 @@ class Lab:
 
     def process_of(self, role: str) -> str:
         """The process of a role that has only one, as far as decode is concerned."""
+        if role == LINK:
+            return LINK
         if role == "kv-store":
             return f"kv-store-{self.spec.stores - 1}"  # decode's
         return "prefill-0" if role == "prefill" else role
+
+    def cut(self) -> None:
+        """Breaks the link, until `revive()`."""
+        assert self.link is not None, "this cluster has no link"
+        self.link.cut()
+        self.note_stopped(LINK)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         """Signals a process; one that is between two lives has died already."""
@@ -101,9 +150,11 @@ class Lab:
         self._stopped.add(name)
 
     def revive(self) -> None:
-        """Wakes whatever was stopped."""
+        """Wakes whatever was stopped, and mends the link."""
         stopped, self._stopped = self._stopped, set()
-        for name in stopped:
+        if LINK in stopped and self.link is not None:
+            self.link.heal()
+        for name in stopped - {LINK}:
             with contextlib.suppress(StartFailed, ProcessLookupError):
                 self.handle.kill(name, signal.SIGCONT)
 
@@ -111,7 +162,7 @@ class Lab:
 
     def connect(self) -> Connection:
         """A client's connection; make it inside a running loop."""
-        return Connection(self.handle.address)
+        return Connection(self.handle.address, self.spec.keys_dir)
 
     def trouble(self, view: cluster_pb2.ClusterView) -> str:
         """Why the cluster is not at rest, or an empty string."""
@@ -143,16 +194,29 @@ class Lab:
         return "still there: " + ", ".join(f"{k} {n}" for k, n in counts.items() if n)
 
 
+def arena_files(spec: ClusterSpec) -> set[str]:
+    """Everything that lies in the cluster's arena directories now, and the directories."""
+    roots = [Path(spec.arena_dir(store)) for store in range(spec.stores)]
+    found = [path for root in roots if root.exists() for path in (root, *root.rglob("*"))]
+    return {str(path) for path in found}
+
+
 def pages_in_use(view: cluster_pb2.ClusterView) -> int:
     """Pages that somebody still holds, prefix cache excepted; a stream record counts as one."""
     return sum(s.pages_open + s.pages_sealed + s.pages_quarantined + s.streams for s in view.stores)
 
 
+def of_stores(after: cluster_pb2.ClusterView, counter: str, before: cluster_pb2.ClusterView) -> int:
+    """By how much a counter of the stores has moved, all of them together."""
+    now, was = (sum(getattr(s, counter) for s in view.stores) for view in (after, before))
+    return int(now - was)
+
+
 class Connection:
     """Stubs over one channel, without the client library: nothing is filtered here."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    def __init__(self, address: str, keys_dir: str) -> None:
+        self._channel = open_channel(grpc.aio, address, keys_dir)
         self.inference: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._cluster: Any = cluster_pb2_grpc.ClusterStub(self._channel)  # type: ignore[no-untyped-call]
 

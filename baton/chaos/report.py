@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 
 from baton.chaos.judge import Verdict
 
-ZEROS = ("lost", "duplicated", "mismatched", "prompt_tokens_recomputed")
+COUNTS = ("lost", "duplicated", "mismatched", "prompt_tokens_recomputed", "wrong_answers")
+ZEROS = (*COUNTS, "leaked_pages", "leaked_shm_files")
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,29 @@ def total(results: Iterable[Result]) -> Verdict:
 
 def row(results: Sequence[Result]) -> dict[str, Any]:
     """One line of the table of scenarios."""
-    counts = total(results)
+    counts, stalls = total(results), pauses(results)
     return {
         "runs": len(results),
         "streams": sum(r.streams for r in results),
         "streams_hit": sum(r.hit for r in results),
         "interrupted_streams": sum(len(r.stalls_ms) for r in results),
         "runs_without_interruption": sum(not r.stalls_ms for r in results),
-        **{name: getattr(counts, name) for name in ZEROS},
-        "stall_ms": pauses(results),
+        **{name: getattr(counts, name) for name in COUNTS},
+        "stall_ms": stalls,
+        "stall_ms_p50": stalls["p50"],
+        "stall_ms_p99": stalls["p99"],
         "failures": sum(not r.good for r in results),
     }
 
 
-def table(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    names = dict.fromkeys(r.name for r in results)
-    return {name: row([r for r in results if r.name == name]) for name in sorted(names)}
+def table(
+    results: Sequence[Result], group: Callable[[str], str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """One line per scenario, or per `group` of scenarios."""
+    groups: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda r: r.name):
+        groups.setdefault(group(result.name) if group else result.name, []).append(result)
+    return {name: row(members) for name, members in sorted(groups.items())}
 
 
 def missed(results: Sequence[Result]) -> str:

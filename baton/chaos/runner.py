@@ -1,8 +1,4 @@
-"""Performs one scenario on a live cluster and writes down what a client sees, event by event.
-
-Streams are read off the wire without the client library, whose own filter would hide a duplicate. Only
-when a stream itself breaks, because the scheduler died, does it ask again as that library does.
-"""
+"""Performs one scenario on a live cluster and writes down what a client sees, event by event."""
 
 from __future__ import annotations
 
@@ -15,63 +11,15 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
-
+from baton.chaos.flip import find_stream, open_arena
 from baton.chaos.judge import PromptWork, stall_s
-from baton.chaos.lab import POLL_S, Connection, Death, Lab, pages_in_use, rest
-from baton.chaos.scenario import Ask, Scenario
-from baton.v1 import cluster_pb2, inference_pb2
+from baton.chaos.lab import POLL_S, Connection, Death, Lab, of_stores, pages_in_use, rest
+from baton.chaos.scenario import Scenario
+from baton.chaos.streams import Stream, follow
+from baton.v1 import cluster_pb2
 
-STREAM_S_MAX = 90.0
-RETRY_S = 0.05
 ON_ITS_WAY_S = 0.2
-_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
-
-
-@dataclass
-class Stream:
-    """One request as the client sees it; times are of this machine's monotonic clock."""
-
-    ask: Ask
-    request_id: str
-    seen: list[tuple[int, int]] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    endings: list[str] = field(default_factory=list)
-    finished: inference_pb2.Finished | None = None
-    story: list[str] = field(default_factory=list)
-    breaks: int = 0  # times that the call ended without a final event
-    over: bool = False
-
-    @property
-    def timing(self) -> inference_pb2.Timing | None:
-        return None if self.finished is None else self.finished.timing
-
-    @property
-    def next_index(self) -> int:
-        return max((index for index, _ in self.seen), default=-1) + 1
-
-    def body(self) -> inference_pb2.GenerateRequest:
-        ask = self.ask
-        return inference_pb2.GenerateRequest(
-            request_id=self.request_id, token_ids=inference_pb2.TokenIds(ids=ask.token_ids),
-            sampling=inference_pb2.SamplingParams(
-                max_tokens=ask.max_tokens, temperature=ask.temperature, top_p=ask.top_p,
-                top_k=ask.top_k, seed=ask.seed, ignore_eos=True,
-            ),
-        )  # fmt: skip
-
-    def take(self, event: inference_pb2.GenerateEvent) -> None:
-        kind = event.WhichOneof("event")
-        if kind == "token":
-            self.seen.append((event.token.index, event.token.token_id))
-            self.times.append(time.monotonic())
-        elif kind == "finished":
-            self.finished = event.finished
-            self.endings.append(inference_pb2.FinishReason.Name(event.finished.reason))
-        else:
-            self.endings.append(event.failed.code)
-            self.story.extend([event.failed.message, *event.failed.story])
 
 
 @dataclass
@@ -85,7 +33,9 @@ class Outcome:
     work: PromptWork | None = None
     stale_refused: int = 0
     false_suspicions: int = 0
+    leases_expired: int = 0
     quarantined: int = 0  # pages, the most that was seen
+    waited: int = 0  # requests that were accepted and had to wait for pages, the most at once
     trouble: str = ""  # why the cluster did not come to rest
     leaked_pages: int = 0
 
@@ -97,31 +47,38 @@ class Outcome:
     def reached(self) -> bool:
         """Whether everything that was to die has died."""
         crash = self.scenario.crash
+        if crash.trigger == "pressure":
+            return self.waited > 0
         return len(self.deaths) >= 1 + bool(crash.also or crash.then)
 
     def hit_at(self, stream: Stream) -> float | None:
-        """When the process that worked for this stream died; None when it has not."""
-        owner = self.owners.get(stream.request_id)
-        breaks = {"scheduler"} if self.scenario.crash.kills_scheduler else set()
-        if not self.scenario.crash.spares_the_prompt:
-            breaks.add("prefill-0")
-        return min((d.at for d in self.deaths if d.process in {owner, *breaks}), default=None)
+        """When something that this stream needs died: its decode, or, where that is not what the run
+        aims at, whatever died."""
+        crash, owner = self.scenario.crash, self.owners.get(stream.request_id)
+        everyone = crash.victim not in ("owner", "busiest") or not crash.spares_the_prompt
+
+        def needed(process: str) -> bool:
+            breaks = process == "scheduler" and crash.kills_scheduler
+            return process == owner or breaks or (everyone and not process.startswith("decode"))
+
+        return min((d.at for d in self.deaths if needed(d.process)), default=None)
 
     def streams_hit(self) -> int:
         """Streams that were going on when what worked for them died; prefill makes one token."""
-        works_until = -1 if self.scenario.crash.spares_the_prompt else 0
+        of_prefill = not self.scenario.crash.spares_the_prompt
+        works_until = 0 if of_prefill and self.scenario.crash.victim != "owner" else -1
         pairs = [(stream.times, self.hit_at(stream)) for stream in self.streams]
         return sum(at is not None and (not t or t[works_until] > at) for t, at in pairs)
 
     def stalls_ms(self) -> list[float]:
         """The pause of each stream that was interrupted between two tokens."""
-        found = []
+        crash, found = self.scenario.crash, []
         for stream in self.streams:
             at, timing = self.hit_at(stream), stream.timing
             spared = timing is not None and not timing.takeovers  # all its tokens were on their way
-            if at is None or (spared and not self.scenario.crash.kills_scheduler):
+            if at is None or (spared and crash.moves_streams and not crash.kills_scheduler):
                 continue
-            found.append(stall_s(stream.times, at))
+            found.append(stall_s(stream.times, at, first_too=not crash.spares_the_prompt))
         return [gap * 1e3 for gap in found if gap is not None]
 
 
@@ -170,30 +127,7 @@ class Run:
     # --- streams ---
 
     async def _follow(self, stream: Stream) -> None:
-        end = time.monotonic() + STREAM_S_MAX
-        while not stream.endings and (left := end - time.monotonic()) > 0:
-            call = self._open(stream, left)
-            try:
-                async for event in call:
-                    stream.take(event)
-                    if event.HasField("token"):
-                        await self._on_token(stream, event.token.index)
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in _BROKEN:
-                    stream.endings.append(error.code().name)
-                    stream.story.append(str(error.details()))
-            if not stream.endings:
-                stream.breaks += 1
-                await asyncio.sleep(RETRY_S)
-        stream.over = True
-
-    def _open(self, stream: Stream, timeout: float) -> grpc.aio.UnaryStreamCall:
-        if not stream.seen:
-            return self._connection.inference.Generate(stream.body(), timeout=timeout)
-        request = inference_pb2.ResumeRequest(
-            request_id=stream.request_id, from_index=stream.next_index
-        )
-        return self._connection.inference.Resume(request, timeout=timeout)
+        await follow(self._connection, stream, self._on_token)
 
     # --- who runs what ---
 
@@ -203,6 +137,7 @@ class Run:
             view = await self._connection.view()
             if view is not None and not self.outcome.struck:
                 self._read_owners(view)
+                self.outcome.waited = max(self.outcome.waited, view.requests.waiting)
             if len(self.outcome.owners) == len(self.streams):
                 return
             await asyncio.sleep(POLL_S)
@@ -218,8 +153,8 @@ class Run:
 
     def _victim(self) -> str:
         crash, owners = self.scenario.crash, self.outcome.owners
-        if crash.victim == "prefill":
-            return self._lab.process_of("prefill")
+        if crash.victim not in ("owner", "busiest"):
+            return self._lab.process_of(crash.victim)
         live = [s.request_id for s in self.streams if not s.over and s.request_id in owners]
         busiest = Counter(owners[request_id] for request_id in live).most_common(1)
         chosen = owners.get(self.streams[crash.stream].request_id)
@@ -248,10 +183,12 @@ class Run:
         victim = self._victim()
         names = [victim, self._lab.process_of(crash.also)] if crash.also else [victim]
         now = time.monotonic()
-        for name in names:
+        if crash.signal == "CUT":
+            self._lab.cut()
+        for name in names if crash.signal != "CUT" else ():
             self._lab.signal(name, _SIGNALS[crash.signal])
         self.outcome.deaths.extend(Death(name, now) for name in names)
-        if crash.signal == "STOP":
+        if crash.signal in ("STOP", "CUT"):
             self._help(self._revive())
 
     async def _revive(self) -> None:
@@ -259,6 +196,10 @@ class Run:
         same streams, or once that has died too."""
         if pause_ms := self.scenario.crash.pause_ms:
             await asyncio.sleep(pause_ms / 1e3)
+            self._lab.revive()
+            return
+        if self.scenario.crash.expires:
+            await _until(self._released)
             self._lab.revive()
             return
         await asyncio.sleep(ON_ITS_WAY_S)  # what it had sent before it was stopped
@@ -275,6 +216,12 @@ class Run:
         if view is not None:
             self.outcome.quarantined = sum(s.pages_quarantined for s in view.stores)
         self._lab.revive()
+
+    def _released(self) -> bool:
+        """Whether no store holds any of these streams any more."""
+        arenas = [open_arena(self._lab.spec.arena_dir(n)) for n in range(self._lab.spec.stores)]
+        ours = [stream.request_id for stream in self.streams]
+        return not any(find_stream(arena, name) for arena in arenas for name in ours)
 
     async def _watch(self) -> None:
         """Waits for the failpoint that is the crash."""
@@ -306,13 +253,20 @@ class Run:
         now = after.requests
         self.outcome.stale_refused = now.stale_epoch_refused - base.stale_epoch_refused
         self.outcome.false_suspicions = now.false_suspicions - base.false_suspicions
+        self.outcome.leases_expired = of_stores(after, "leases_expired", before)
         usages = [s.finished.usage for s in self.streams if s.finished is not None]
         self.outcome.work = PromptWork(
             computed=now.prompt_tokens_computed - base.prompt_tokens_computed,
             recomputed=now.prompt_tokens_recomputed - base.prompt_tokens_recomputed,
             usage_recomputed=sum(usage.recomputed_tokens for usage in usages),
             due=sum(u.prompt_tokens - u.cached_tokens for u in usages) if lived else self._late(),
+            done_by_the_dead=self._done_by_the_dead(),
         )
+
+    def _done_by_the_dead(self) -> int:
+        """What a prefill that died or was fenced in mid-chunk had announced: all before the chunk."""
+        in_a_chunk = self.scenario.crash.point == "prefill.mid_chunk" and self.outcome.deaths
+        return (self.scenario.crash.index or 0) if in_a_chunk else 0
 
     def _late(self) -> int:
         """Prompt tokens that a scheduler which came back may still have seen computed: those of the

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-TRIGGERS = ("token", "placed", "failpoint")
-VICTIMS = ("owner", "busiest", "prefill")
-SIGNALS = ("KILL", "STOP")
-ROLES = ("kv-store", "scheduler")
+TRIGGERS = ("token", "placed", "failpoint", "pressure")
+ROLES = ("kv-store", "scheduler", "prefill")
+VICTIMS = ("owner", "busiest", "link", *ROLES)
+SIGNALS = ("KILL", "STOP", "CUT")
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,21 @@ class Crash:
 
     token: the victim is signalled once the client holds token `index` of request `stream`;
     placed: as soon as the requests have workers, while the prompts are still being computed;
-    failpoint: whoever reaches `point` (at `index`, if given) kills itself there.
+    failpoint: whoever reaches `point` (at `index`, if given) kills itself there;
+    pressure: nothing dies, there is only less room than the requests want at once.
     """
 
     trigger: str
     stream: int = 0
     index: int | None = None
     point: str = ""
-    victim: str = "owner"  # of request `stream`; or the decode with most requests; or prefill
-    signal: str = "KILL"
+    victim: str = "owner"  # of request `stream`; or the decode with most requests; or a role
+    signal: str = "KILL"  # or STOP; CUT is for the link between prefill's and decode's stores
     also: str = ""  # the role of a process that dies in the same moment
     then: str = ""  # a failpoint for whoever takes over, armed with the first death
-    pause_ms: int = 0  # of a STOP; 0: until another process has taken over
+    pause_ms: int = 0  # of a STOP or a CUT; 0: until another process has taken over
+    expires: bool = False  # a STOP lasts until the store has released what nobody renews
+    keeps_epoch: bool = False  # nobody can succeed the victim: no stream may be taken over
 
     def __post_init__(self) -> None:
         known = (
@@ -69,23 +72,42 @@ class Crash:
             raise ValueError("then: is armed by a signal, not by another failpoint")
         if self.trigger == "token" and self.index is None:
             raise ValueError("index: the trigger token needs one")
+        if (self.signal == "CUT") != (self.victim == "link"):
+            raise ValueError("signal: CUT is for the link, and nothing else is")
+        if self.expires and (self.signal, self.victim) != ("STOP", "scheduler"):
+            raise ValueError("expires: only the scheduler renews, and it has to come back")
+        if self.signal == "CUT" and not self.pause_ms:
+            raise ValueError("pause_ms: a link that is cut needs a time to heal")
 
     @property
     def spares_the_prompt(self) -> bool:
-        """Whether prefill outlives it, so that no prompt token may be computed twice."""
-        of_prefill = self.point.startswith(("prefill.", "handoff.")) or self.victim == "prefill"
-        return not of_prefill
+        """Whether prefill and the pages outlive it, so that no prompt token may be computed twice."""
+        of_prefill = self.point.startswith(("prefill.", "handoff."))
+        alive = "prefill" not in (self.victim, self.also) and self.signal != "CUT"
+        return alive and not of_prefill and not self.expires
+
+    @property
+    def counts_the_prompt(self) -> bool:
+        """Whether it is known which prompt tokens nobody may compute a second time."""
+        return self.spares_the_prompt or self.point == "prefill.mid_chunk"
 
     @property
     def only_a_decode(self) -> bool:
         """Whether one decode dies, another lives, and so do all others."""
-        return self.spares_the_prompt and self.signal == "KILL" and not (self.also or self.then)
+        alone = self.victim in ("owner", "busiest") and not (self.also or self.then)
+        return self.spares_the_prompt and self.signal == "KILL" and alone
 
     @property
     def kills_scheduler(self) -> bool:
         """Whether the client's streams themselves break."""
         points = (self.point, self.then)
-        return self.also == "scheduler" or any(p.startswith("scheduler.") for p in points)
+        dies = "scheduler" in (self.victim, self.also) and self.signal == "KILL"
+        return dies or any(p.startswith("scheduler.") for p in points)
+
+    @property
+    def moves_streams(self) -> bool:
+        """Whether streams go on in another decode, so that one that has not moved was spared."""
+        return not self.keeps_epoch and self.victim in ("owner", "busiest")
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,7 @@ class Scenario:
     crash: Crash
     unsafe: tuple[str, ...] = ()
     recover: str = "takeover"
+    setup: str = "standard"  # the cluster it is performed on, by its name in `setups`
 
     def __post_init__(self) -> None:
         if not 0 <= self.crash.stream < len(self.requests):

@@ -7,29 +7,26 @@ import dataclasses
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from baton.chaos import report
+from baton.chaos.asks import read_corpus
+from baton.chaos.failures import Guard
 from baton.chaos.judge import Verdict, judge_stream, recomputed
 from baton.chaos.lab import Lab
-from baton.chaos.plan import draw, read_corpus
+from baton.chaos.plan import draw
 from baton.chaos.reference import ReferenceProcess
 from baton.chaos.report import Control, Result
 from baton.chaos.runner import Outcome, Run
-from baton.chaos.scenario import Scenario
+from baton.chaos.scenario import Ask, Scenario
+from baton.chaos.setups import SETUPS
 from baton.cluster import ClusterSpec, default_model
 
 CONTROL_RUNS_MAX = 5
-# counter -> (guards off, what dies). Each must make its counter move.
-GUARDS = {
-    "lost": (("record",), "committed-not-reported"),
-    "duplicated": (("dedupe",), "random"),
-    "mismatched": (("tail",), "random"),
-}
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Settings:
     seed: int
     medium: str = "shm"
     record: Path | None = None
+    keys_dir: str = ""
 
 
 @dataclass
@@ -50,6 +48,8 @@ class Session:
     results: list[Result] = field(default_factory=list)
     controls: list[Control] = field(default_factory=list)
     reprefilled: list[Result] = field(default_factory=list)
+    good: bool = False  # what it gave has been looked at, and keeps no log
+    leaked_shm_files: int = 0  # of all clusters with every guard on
 
     def __enter__(self) -> Session:
         self.root = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
@@ -64,7 +64,7 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self._reference.close()
-        if kind is None and all(result.good for result in [*self.results, *self.reprefilled]):
+        if kind is None and self.good:
             shutil.rmtree(self.root, ignore_errors=True)
         else:
             say(f"logs and recordings are kept in {self.root}")
@@ -73,53 +73,74 @@ class Session:
 
     def perform(self, scenarios: Iterable[Scenario]) -> list[Result]:
         """Runs scenarios, those of one configuration on one cluster, and keeps what they gave."""
-        groups: dict[tuple[tuple[str, ...], str], list[Scenario]] = {}
+        groups: dict[tuple[tuple[str, ...], str, str], list[Scenario]] = {}
         for scenario in scenarios:
-            groups.setdefault((scenario.unsafe, scenario.recover), []).append(scenario)
+            kind = (scenario.unsafe, scenario.recover, scenario.setup)
+            groups.setdefault(kind, []).append(scenario)
         found: list[Result] = []
-        for (unsafe, recover), group in groups.items():
-            found += asyncio.run(self._on_one_cluster(group, self._spec(unsafe, recover)))
+        for group in groups.values():
+            results, files = asyncio.run(self._on_one_cluster(group))
+            found += results
+            self.leaked_shm_files += files
         return found
 
-    def _spec(self, unsafe: tuple[str, ...], recover: str) -> ClusterSpec:
+    def spec(
+        self, setup: str, unsafe: tuple[str, ...] = (), recover: str = "takeover"
+    ) -> ClusterSpec:
+        """A cluster of its own."""
         self._clusters += 1
-        return ClusterSpec(
+        spec = ClusterSpec(
             run_dir=str(self.root / str(self._clusters)), model=self.settings.model,
-            medium=self.settings.medium, listen="127.0.0.1:0", decode=2, recover=recover,
-            unsafe=unsafe,
+            medium=self.settings.medium, listen="127.0.0.1:0", recover=recover, unsafe=unsafe,
+            keys_dir=self.settings.keys_dir,
         )  # fmt: skip
+        return SETUPS[setup].applied(spec)
+
+    def tokens_of(self, ask: Ask) -> list[int]:
+        """The undisturbed run's."""
+        return self._reference.tokens(ask)
 
     async def _on_one_cluster(
-        self, scenarios: Sequence[Scenario], spec: ClusterSpec, until: str = ""
-    ) -> list[Result]:
-        """Stops early once the count named `until` has moved."""
+        self, scenarios: Sequence[Scenario], until: str = ""
+    ) -> tuple[list[Result], int]:
+        """Runs scenarios of one kind. Stops early once the count named `until` has moved. Gives also
+        the files that the cluster has left behind."""
         found: list[Result] = []
-        with Lab(spec) as lab:
+        first = scenarios[0]
+        spec = self.spec(first.setup, first.unsafe, first.recover)
+        with Lab(spec, SETUPS[first.setup].link) as lab:
             connection = lab.connect()
             for number, scenario in enumerate(scenarios, 1):
-                expected = [self._reference.tokens(ask) for ask in scenario.requests]
+                expected = [self.tokens_of(ask) for ask in scenario.requests]
                 outcome = await Run(lab, connection, scenario).perform()
                 result = self._judge(outcome, expected)
                 found.append(result)
                 say(f"{number}/{len(scenarios)} {scenario.label} {_line(outcome, result)}")
-                if until and getattr(result.verdict, until):
+                if getattr(result.verdict, until, 0) > 0:
                     break
             await connection.close()
-        return found
+        return found, lab.leaked_shm_files
 
     def _judge(self, outcome: Outcome, expected: Sequence[Sequence[int]]) -> Result:
         scenario = outcome.scenario
         verdict = Verdict(leaked_pages=outcome.leaked_pages)
         for stream, tokens in zip(outcome.streams, expected, strict=True):
             verdict += judge_stream(stream.seen, stream.endings, tokens)
-            if stream.breaks and not scenario.crash.kills_scheduler:
+            if stream.breaks and not (scenario.crash.kills_scheduler or scenario.crash.expires):
                 verdict += Verdict(broken_streams=1)
-        if outcome.work is not None and scenario.crash.spares_the_prompt:
+            if scenario.crash.keeps_epoch and stream.timing is not None:
+                verdict += Verdict(epochs_lost=stream.timing.takeovers)
+        if outcome.work is not None and scenario.crash.counts_the_prompt:
             verdict += Verdict(prompt_tokens_recomputed=recomputed(outcome.work))
+        trouble = outcome.trouble
+        if scenario.crash.keeps_epoch and not outcome.false_suspicions:
+            trouble = trouble or "the false suspicion was not counted"
+        if scenario.crash.expires and not outcome.leases_expired:
+            trouble = trouble or "no lease has run out"
         result = Result(
             scenario.name, scenario.label, verdict, tuple(outcome.stalls_ms()),
             len(outcome.streams), outcome.streams_hit(), outcome.reached,
-            scenario.crash.only_a_decode, outcome.trouble, outcome.stale_refused,
+            scenario.crash.only_a_decode, trouble, outcome.stale_refused,
             outcome.false_suspicions, outcome.quarantined,
         )  # fmt: skip
         control = scenario.unsafe or scenario.recover != "takeover"
@@ -144,18 +165,21 @@ class Session:
 
     # --- controls ---
 
-    def run_controls(self, seed: int, runs: int) -> None:
+    def run_controls(self, guards: Mapping[str, Guard], seed: int, runs: int) -> None:
         """Switches each guard off in turn, on a cluster of its own."""
         corpus = read_corpus(self.settings.model)
-        for counter, (unsafe, name) in GUARDS.items():
-            drawn = [draw(name, seed, run, corpus) for run in range(CONTROL_RUNS_MAX)]
-            scenarios = [dataclasses.replace(s, unsafe=unsafe) for s in drawn]
-            spec = self._spec(unsafe, "takeover")
-            found = asyncio.run(self._on_one_cluster(scenarios, spec, until=counter))
-            self._control(counter, f"--unsafe={','.join(unsafe)}", found)
+        for counter, guard in guards.items():
+            whole = counter == "leaked_shm_files"  # known when the cluster has ended
+            numbers = range(1 if whole else CONTROL_RUNS_MAX)
+            drawn = [draw(guard.scenario, seed, run, corpus) for run in numbers]
+            scenarios = [dataclasses.replace(s, unsafe=guard.unsafe) for s in drawn]
+            found, files = asyncio.run(self._on_one_cluster(scenarios, until=counter))
+            count = files if whole else getattr(report.total(found), counter)
+            self._control(counter, f"--unsafe={','.join(guard.unsafe)}", len(found), count)
         same = [draw("random", seed, run, corpus) for run in self._random_runs(max(5, runs // 10))]
         found = self.perform(dataclasses.replace(s, recover="reprefill") for s in same)
-        self._control("prompt_tokens_recomputed", "--recover=reprefill", found)
+        count = report.total(found).prompt_tokens_recomputed
+        self._control("prompt_tokens_recomputed", "--recover=reprefill", len(found), count)
         self.reprefilled = [self._forgive(result) for result in found]
 
     def _random_runs(self, count: int) -> list[int]:
@@ -163,9 +187,8 @@ class Session:
         done = [int(r.label.rpartition("-")[2]) for r in self.results if r.name == "random"]
         return [*done, *range(len(self.results), len(self.results) + count)][:count]
 
-    def _control(self, counter: str, guard_off: str, found: Sequence[Result]) -> None:
-        count = getattr(report.total(found), counter)
-        self.controls.append(Control(counter, guard_off, len(found), count))
+    def _control(self, counter: str, guard_off: str, runs: int, count: int) -> None:
+        self.controls.append(Control(counter, guard_off, runs, count))
         say(f"control {guard_off}: {counter} {count}")
 
     @staticmethod
@@ -184,24 +207,28 @@ class Session:
             f"control {c.guard_off}: {c.counter} stayed 0" for c in self.controls if not c.works
         ]
         found += [miss] if (miss := report.missed(self.results)) else []
+        if self.leaked_shm_files:
+            found.append(f"{self.leaked_shm_files} files were left in shared memory")
         zombies = [r for r in self.results if r.name.startswith("zombie")]
         if zombies and not sum(r.stale_refused for r in zombies):
             found.append("no woken decode was ever refused")
         return found
 
-    def summary(self) -> dict[str, Any]:
-        """The JSON object."""
+    def summary(self, group: Callable[[str], str] | None = None) -> dict[str, Any]:
+        """The JSON object; its table has one line per `group` of scenarios."""
         counts = report.total(self.results)
         everything = [*self.results, *self.reprefilled]
         return {
             "runs": len(self.results),
             "seed": self.settings.seed,
             "medium": self.settings.medium,
-            **{name: getattr(counts, name) for name in report.ZEROS},
+            **{name: getattr(counts, name) for name in report.COUNTS},
             "disordered": counts.disordered,
             "bad_endings": counts.bad_endings,
             "broken_streams": counts.broken_streams,
+            "epochs_lost": counts.epochs_lost,
             "leaked_pages": counts.leaked_pages,
+            "leaked_shm_files": self.leaked_shm_files,
             "streams": sum(r.streams for r in self.results),
             "streams_hit": sum(r.hit for r in self.results),
             "interrupted_streams": sum(len(r.stalls_ms) for r in self.results),
@@ -209,7 +236,7 @@ class Session:
             "false_suspicions": sum(r.false_suspicions for r in self.results),
             "quarantined_pages_max": max((r.quarantined for r in self.results), default=0),
             **report.paired(self.results, self.reprefilled),
-            "scenarios": report.table(self.results),
+            "scenarios": report.table(self.results, group),
             "controls": {
                 c.counter: {"guard_off": c.guard_off, "runs": c.runs, "count": c.count}
                 for c in self.controls

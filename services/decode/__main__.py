@@ -6,35 +6,38 @@ import asyncio
 import sys
 
 import zmq
-import zmq.asyncio
 
 from baton.v1 import cluster_pb2, control_pb2
 from services.decode.config import DecodeConfig
 from services.decode.engine_loop import DecodeEngine
-from services.engine.load import load_backend
+from services.engine.load import load_backend, require_numerics
 from services.kv.worker import ArenaHold, join
 from services.ops import config, lifecycle, log
-from services.ops.errors import LayoutMismatch
+from services.ops.errors import BatonError
+from services.ops.keys import Keys
+from services.ops.keys import load as load_keys
+from services.wire import sockets
 from services.wire.link import SchedulerLink
-from services.wire.stream import StreamHeader, bound_address
+from services.wire.stream import Announce, unpack
 from services.wire.worker import attached, registration
 
 _logger = log.get("decode")
+ANNOUNCERS = frozenset({"prefill", "kv-store"})
 
 
 class DecodeWorker:
     """Translates between the scheduler's commands, the announcements and the engine thread."""
 
-    def __init__(self, settings: DecodeConfig, hold: ArenaHold) -> None:
+    def __init__(self, settings: DecodeConfig, hold: ArenaHold, keys: Keys | None) -> None:
         self._settings, self._hold = settings, hold
         self._loop = asyncio.get_running_loop()
         self._link: SchedulerLink | None = None
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PULL)
-        self._socket.linger = 0
+        self._context = sockets.async_context(keys=keys)
+        self._socket = sockets.listener(self._context, zmq.PULL, ANNOUNCERS)
         self._socket.bind(settings.announce_listen)
-        self._address = bound_address(self._socket, settings.announce_advertise)
+        self._address = sockets.bound_address(self._socket, settings.announce_advertise)
         backend = load_backend(settings.device, settings.model, hold.identity.config, hold.arena)
+        require_numerics(backend, settings.decode_device)
         self.engine = DecodeEngine(settings, hold.arena, backend, self._report)
 
     def use(self, link: SchedulerLink) -> None:
@@ -61,16 +64,17 @@ class DecodeWorker:
         while True:
             message = await self._socket.recv()
             try:
-                header = StreamHeader.unpack(message)
-            except LayoutMismatch as error:
+                announced = unpack(message)
+            except BatonError as error:
                 _logger.warning("announcement refused", reason=error.message)
                 continue
-            if header.fingerprint.hex() == self._hold.identity.fingerprint:
+            mine = bytes.fromhex(self._hold.identity.fingerprint)
+            if isinstance(announced, Announce) and announced.fingerprint == mine:
                 self.engine.announced()
 
     def _report(self, event: control_pb2.WorkerEvent) -> None:
         assert self._link is not None
-        self._link.steps = self.engine.steps
+        self._link.steps, self._link.fenced = self.engine.steps, self.engine.fenced
         self._loop.call_soon_threadsafe(self._link.send, event)
 
     def close(self) -> None:
@@ -81,12 +85,14 @@ class DecodeWorker:
 async def serve(settings: DecodeConfig) -> None:
     """Runs the worker until it is told to stop."""
     stopping = lifecycle.stop_event()
+    keys = load_keys(settings.keys_dir, "decode")
     hold = join(settings.arena_dir, settings.model, settings.prefill_device, settings.decode_device)
-    worker = DecodeWorker(settings, hold)
+    worker = DecodeWorker(settings, hold, keys)
     worker.engine.start()
     listening = asyncio.create_task(worker.listen())
     await attached(
-        settings, stopping, worker.register, worker.command, link_ready=worker.use,
+        settings, stopping, worker.register, worker.command, keys=keys, link_ready=worker.use,
+        streams=lambda: len(worker.engine.running),
         others=[listening],
     )  # fmt: skip
     worker.close()

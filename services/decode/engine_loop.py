@@ -52,7 +52,10 @@ class DecodeEngine:
         )
         self._rows: dict[str, int] = {}  # request -> row of `_tables`
         self.steps = 0
-        self.running: dict[str, int] = {}  # request -> epoch; read by the event loop
+        self.fenced = 0  # commits refused: the stream had moved
+        # request -> epoch, from the moment it is told: what a registration leaves out, this worker
+        # has let go of. Written by whoever submits, read by the event loop.
+        self.running: dict[str, int] = {}
         self._thread = lifecycle.engine_thread(self._run, "decode-engine")
 
     def start(self) -> None:
@@ -60,6 +63,8 @@ class DecodeEngine:
 
     def submit(self, command: Command) -> None:
         """None ends the engine after the step in flight."""
+        if isinstance(command, control_pb2.PrepareDecode):
+            self.running[command.request_id] = command.epoch
         self._commands.put(command)
         self._wake.set()
 
@@ -110,10 +115,11 @@ class DecodeEngine:
         try:
             stream = DecodeStream(command, self._arena, self._unsafe)
         except BatonError as error:
+            self._left(command.request_id, command.epoch)
             self._refuse(command.request_id, command.epoch, error)
             return
         self._batch.add(command.request_id, stream)
-        self.running[command.request_id] = command.epoch
+        self.running[command.request_id] = command.epoch  # again: the same epoch may have ended
 
     def _stop(self, command: control_pb2.StopRequest) -> None:
         stream = self._batch.get(command.request_id)
@@ -125,7 +131,11 @@ class DecodeEngine:
     def _forget(self, stream: DecodeStream) -> None:
         self._batch.remove(stream.request_id)
         self._rows.pop(stream.request_id, None)
-        self.running.pop(stream.request_id, None)
+        self._left(stream.request_id, stream.epoch)
+
+    def _left(self, request_id: str, epoch: int) -> None:
+        if self.running.get(request_id) == epoch:  # a later one may be waiting in the queue
+            del self.running[request_id]
 
     def _refuse(self, request_id: str, epoch: int, error: BatonError) -> None:
         _logger.warning("stream refused", request_id=request_id, reason=error.message)
@@ -146,7 +156,7 @@ class DecodeEngine:
         for stream in self._batch.admit():
             self._failpoints.hit("decode.attaching")
             try:
-                stream.attach()
+                stream.attach(self._backend)
             except BatonError as error:
                 self._forget(stream)
                 self._refuse(stream.request_id, stream.epoch, error)
@@ -162,6 +172,7 @@ class DecodeEngine:
             request_id=stream.request_id, epoch=stream.epoch,
             runnable_at=time.monotonic(),
             verified=stream.verified_at, resumed_at=stream.steps,
+            repaired_blocks=len(stream.repaired), repaired_tokens=sum(stream.repaired),
         )  # fmt: skip
         self._report(control_pb2.WorkerEvent(decode_started=started))
         from_index = stream.command.report_from
@@ -191,6 +202,7 @@ class DecodeEngine:
                 continue
             if not stream.commit(token, logprob):
                 self._forget(stream)
+                self.fenced += 1
                 fenced = StaleEpoch(f"epoch: {stream.epoch} has been fenced")
                 self._refuse(stream.request_id, stream.epoch, fenced)
                 continue

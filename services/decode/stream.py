@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baton.v1 import control_pb2, inference_pb2
+from services.engine.backend import Backend
+from services.engine.repair import Repair, open_repairs, repair
 from services.engine.sampling import SamplingParams
 from services.kv.arena import Arena
 from services.kv.identity import RowIdentity
 from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
-from services.kv.verify import verify_rows
+from services.kv.verify import verify_groups, verify_rows
 from services.ops.errors import CorruptKv, StaleEpoch
 from services.wire.messages import finish_reason, sampling_params
 
@@ -32,6 +34,7 @@ class DecodeStream:
     verified_at: list[control_pb2.GroupTime] = field(default_factory=list)
     attempt: int = -1
     steps: int = 0
+    repaired: list[int] = field(default_factory=list)  # rows of each repaired block
     table: NDArray[np.uint32] = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
 
     def __post_init__(self) -> None:
@@ -69,29 +72,40 @@ class DecodeStream:
         for group in range(self.arena.layout.groups):
             owner, tokens = self.record.ready(group)
             if owner == attempt and tokens > self.verified[group]:
-                self._verify_prompt(group, tokens)
+                self._verify_prompt(group, tokens, has_first)
         return has_first and min(self.verified) >= self.prompt
 
-    def _verify_prompt(self, group: int, tokens: int) -> None:
-        table = np.array(self.record.prefill_table[: blocks_for(self.prompt)])
+    def _verify_prompt(self, group: int, tokens: int, final: bool) -> None:
+        """What is to be repaired, or lies in a tail that is no longer prefill's, comes with `attach`.
+        Before prefill has come to its end, it finds by itself what is damaged."""
+        plan = self.record.plan().copy()
+        table = plan["prefill_table"][: blocks_for(self.prompt)]
+        todo = open_repairs(self.arena, plan["repair_source"], table, self.prompt)
+        skip = {part.index for part in todo}
+        if plan["tail_source"] != table[-1]:
+            skip.add(self.prompt // PAGE_TOKENS)
         try:
-            self._verify(table, group, self.verified[group], tokens)
+            self._verify(table, group, self.verified[group], tokens, frozenset(skip))
         except CorruptKv:
-            if self.record.first()[0] != self.attempt:
-                return  # prefill has been fenced meanwhile: what was read belongs to nobody
+            if self.record.first()[0] != self.attempt or not final:
+                return  # fenced meanwhile, what was read belongs to nobody; or looked at again later
+            verify_groups(self.arena, table, self.identity, 0, self.prompt, skip=frozenset(skip))
             raise
         self.verified[group] = tokens
         self.verified_at.append(
             control_pb2.GroupTime(group=group, tokens=tokens, at=time.monotonic())
         )
 
-    def _verify(self, table: NDArray[np.uint32], group: int, begin: int, end: int) -> None:
+    def _verify(
+        self, table: NDArray[np.uint32], group: int, begin: int, end: int, skip: frozenset[int]
+    ) -> None:
         if "verify" not in self.unsafe:
-            verify_rows(self.arena, table, self.identity, group, begin, end)
+            verify_rows(self.arena, table, self.identity, group, begin, end, skip=skip)
 
-    def attach(self) -> None:
+    def attach(self, backend: Backend) -> None:
         """Takes the stream over at its committed step: copies the open tail into pages of this
-        epoch and verifies every row that earlier decodes have written.
+        epoch, verifies every row that earlier decodes have written, and computes again the blocks
+        that were found damaged before.
 
         Raises StaleEpoch, CorruptKv.
         """
@@ -103,26 +117,50 @@ class DecodeStream:
         blocks = plan["decode_table"][: blocks_for(self.prompt + self.max_new - 1)]
         source, rows = int(plan["tail_source"]), int(plan["tail_rows"])
         self.check_epoch()  # the plan that was read is this epoch's
+        valid = min(end, len(blocks) * PAGE_TOKENS)
+        todo = open_repairs(self.arena, plan["repair_source"], blocks, valid)
         if self.record.attached_epoch() == self.epoch:
-            rows = 0  # this epoch has its own tail already: it is only asked to report again
+            rows, todo = 0, []  # it has its own tail already: it is only asked to report again
         assert rows in (0, end % PAGE_TOKENS) or "fence" in self.unsafe
-        begin = self.prompt // PAGE_TOKENS * PAGE_TOKENS
-        for group in range(self.arena.layout.groups):
-            if rows and len(blocks) > end // PAGE_TOKENS and "tail" not in self.unsafe:
-                own = self.arena.page_id(int(blocks[end // PAGE_TOKENS]), group)
-                self.arena.native.copy_rows(self.arena.page_id(source, group), own, rows, group)
-            self._verify_own(blocks, group, begin, min(end, len(blocks) * PAGE_TOKENS))
+        if rows and valid == end and end // PAGE_TOKENS not in {part.index for part in todo}:
+            self._copy_tail(source, int(blocks[end // PAGE_TOKENS]), rows)
+        self._verify_own(blocks, valid, frozenset(part.index for part in todo))
+        for part in todo:
+            self._repair(backend, blocks, part)
         self.record.set_attached(self.epoch)
         self.table = self.arena.table(blocks)
 
-    def _verify_own(self, table: NDArray[np.uint32], group: int, begin: int, end: int) -> None:
+    def _copy_tail(self, source: int, own: int, rows: int) -> None:
         if "tail" in self.unsafe:
             return
+        for group in range(self.arena.layout.groups):
+            pages = (self.arena.page_id(block, group) for block in (source, own))
+            self.arena.native.copy_rows(*pages, rows, group)
+
+    def _verify_own(self, table: NDArray[np.uint32], end: int, skip: frozenset[int]) -> None:
+        """What decodes have written, this one's copy of the open tail included."""
+        if {"tail", "verify"} & self.unsafe:
+            return
+        begin = self.prompt // PAGE_TOKENS * PAGE_TOKENS
         try:
-            self._verify(table, group, begin, end)
+            verify_groups(
+                self.arena, table, self.identity, begin, end, skip=skip,
+                seals=self.arena.plan.one_class,
+            )  # fmt: skip
         except CorruptKv:
             self.check_epoch()  # fenced meanwhile: then the pages may have changed hands
             raise
+
+    def _repair(self, backend: Backend, table: NDArray[np.uint32], todo: Repair) -> None:
+        try:
+            rows = repair(
+                backend, self.arena, self.identity, self.record.tokens, table, todo,
+                seal=self.arena.plan.one_class,
+            )  # fmt: skip
+        except CorruptKv:
+            self.check_epoch()
+            raise
+        self.repaired.append(rows)
 
     # --- while it runs ---
 
@@ -142,9 +180,13 @@ class DecodeStream:
         return self.first_index + self.steps + 1
 
     def seal_if_full(self) -> None:
-        """Seals the block whose last row has just been written."""
+        """Seals the block whose last row has just been written.
+
+        A seal is for the prefix cache. Where prefill would compute other bits for these tokens the
+        block stays open, and neither the store nor one that rebuilds itself takes it for a prompt's.
+        """
         position = self.position
-        if (position + 1) % PAGE_TOKENS:
+        if (position + 1) % PAGE_TOKENS or not self.arena.plan.one_class:
             return
         block = position // PAGE_TOKENS
         for group in range(self.arena.layout.groups):

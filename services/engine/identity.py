@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from services.engine.checkpoint import Checkpoint
 from services.engine.model import ModelConfig
 from services.kv.identity import fingerprint
 from services.kv.layout import KvLayout
+from services.ops.errors import ConfigError
 
 NATIVE_NUMERICS = "native-1"  # raise the number when a kernel's rounding changes
 CODEC = "raw"
 
 
-def numerics_of(device: str) -> str:
-    """The numerics class of a device name: KV is bit-identical only within one."""
-    if device == "cpu":
+def numerics_of(device_class: str) -> str:
+    """The numerics class that a cluster was told: KV is bit-identical only within one.
+
+    `cpu` is the native engine's. Any other must be spelled out, because most processes of a cluster
+    have neither torch nor the device: a bare `cuda` would be one class for cards that round
+    differently. Raises ConfigError for such a name.
+    """
+    if device_class == "cpu":
         return NATIVE_NUMERICS
-    return f"torch-{metadata.version('torch')}/{device.removeprefix('torch-')}/float32"
+    if "/" not in device_class:
+        raise ConfigError(
+            f"prefill_device, decode_device: {device_class!r} is not a numerics class; "
+            f"`python -m services.engine.torch_device --device={device_class}` prints it, run where "
+            "the device is"
+        )
+    return device_class
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """One model directory as every process of a cluster must see it."""
+    """One model directory as every process of a cluster must see it.
+
+    `one_class`: prefill and decode compute the same bits, so either may go on from, or reuse, what
+    the other has computed for the same tokens.
+    """
 
     config: ModelConfig
     layout: KvLayout
     fingerprint: str
+    one_class: bool = True
 
 
 def identify(
@@ -47,8 +63,6 @@ def identify(
         config.head_dim,
         kv_dtype,
     )
-    mark = fingerprint(
-        checkpoint.digest(), layout.describe(), CODEC,
-        numerics_of(prefill_device), numerics_of(decode_device),
-    )  # fmt: skip
-    return ModelIdentity(config, layout, mark)
+    prefill, decode = numerics_of(prefill_device), numerics_of(decode_device)
+    mark = fingerprint(checkpoint.digest(), layout.describe(), CODEC, prefill, decode)
+    return ModelIdentity(config, layout, mark, prefill == decode)

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from services import _native
-from services.engine.backend import Backend, Rows
-from services.engine.checkpoint import load_weights
+from services.engine.backend import Rows
 from services.engine.identity import identify
+from services.engine.load import load_backend
 from services.engine.model import ModelConfig
-from services.engine.native_backend import NativeBackend
 from services.engine.sampling import SamplingParams, sample
 from services.kv.layout import KvLayout, blocks_for
 
@@ -54,9 +53,12 @@ class HeapPages:
 
 
 class Reference:
-    """One model, one sequence at a time: the whole prompt in one pass, then token by token."""
+    """One model, one sequence at a time: the whole prompt in one pass, then token by token.
 
-    def __init__(self, model: str, kv_dtype: str = "auto") -> None:
+    With a `prefill_device` the prompt goes through that device's backend, as in a cluster with one.
+    """
+
+    def __init__(self, model: str, kv_dtype: str = "auto", prefill_device: str = "cpu") -> None:
         identity = identify(
             model, kv_dtype=kv_dtype, layers_per_group=1_000_000, prefill_device="cpu",
             decode_device="cpu",
@@ -64,9 +66,10 @@ class Reference:
         self.config: ModelConfig = identity.config
         self.tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
         self._pages = HeapPages(identity.layout, self.config.max_context)
-        self._backend: Backend = NativeBackend(
-            self.config, load_weights(model, self.config), self._pages
-        )
+        self._decode = load_backend("cpu", model, self.config, self._pages)
+        self._prefill = self._decode
+        if prefill_device != "cpu":
+            self._prefill = load_backend(prefill_device, model, self.config, self._pages)
 
     def generate(
         self, prompt: list[int], params: SamplingParams, max_tokens: int, stops: set[int]
@@ -78,13 +81,12 @@ class Reference:
         while len(tokens) < max_tokens and not (tokens and tokens[-1] in stops):
             positions = np.arange(at, at + len(fresh), dtype=np.int32)
             zeros = np.zeros(len(fresh), np.int32)
-            self._backend.begin(
-                Rows(np.array(fresh, np.int32), positions, zeros, self._pages.table)
-            )
+            backend = self._decode if tokens else self._prefill
+            backend.begin(Rows(np.array(fresh, np.int32), positions, zeros, self._pages.table))
             for group in range(self._pages.layout.groups):
-                self._backend.run_group(group)
+                backend.run_group(group)
             at += len(fresh)
-            logits = self._backend.logits(np.array([len(fresh) - 1], np.int32))[0]
+            logits = backend.logits(np.array([len(fresh) - 1], np.int32))[0]
             token, _ = sample(logits, params, at)
             tokens.append(token)
             fresh = [token]
@@ -110,8 +112,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="models/pico")
     parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--prefill-device", default="cpu", help="cpu, or a torch device")
     arguments = parser.parse_args()
-    reference = Reference(arguments.model, arguments.kv_dtype)
+    reference = Reference(arguments.model, arguments.kv_dtype, arguments.prefill_device)
     for line in sys.stdin:
         print(json.dumps(reference.answer(json.loads(line))), flush=True)
     return 0

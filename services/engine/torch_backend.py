@@ -2,12 +2,12 @@
 
 It keeps T0 (design.md section 5): a token's K, V and logits depend on the tokens up to it alone.
 Torch's products round differently with another number of rows, so every product here has exactly
-TILE rows, padded where there are fewer, and attention reduces over one 64-token page after another.
+`tile` rows, padded where there are fewer, and attention reduces over one 64-token page after another.
 All shapes are therefore static, which a compiler for an NPU wants as well.
 
-    run_group:  for each layer   tiles of TILE rows       hidden -> q, k, v
+    run_group:  for each layer   tiles of rows            hidden -> q, k, v
                                  rows of each sequence    k, v -> pages;  q x pages -> attended
-                                 tiles of TILE rows       hidden, attended -> hidden
+                                 tiles of rows            hidden, attended -> hidden
 
 K and V are rounded to the layout's dtype on their way into the page, and attention reads them back
 from there, a token's own row included: a page is all that a later pass, or another process, needs.
@@ -16,7 +16,7 @@ Knows nothing of requests, epochs or who else maps the arena. Not the fast path.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,8 @@ from services.engine.checkpoint import EMBEDDING, LM_HEAD, WeightView
 from services.engine.errors import ModelError, NumericsError
 from services.engine.model import ModelConfig
 from services.engine.rope import rope_tables
+from services.engine.torch_device import make_exact, numerics_class, parse_device, tile_rows
 from services.kv.layout import PAGE_TOKENS, KvLayout, blocks_for
-
-TILE = 16
 
 _COMPUTE_DTYPES = {
     "float32": torch.float32,
@@ -51,12 +50,26 @@ class _Span:
     end: int
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """Rows of one span that attend together; its last row is repeated until the tile is full.
+
+    rows, positions: int64[tile] on the device. `count` rows are real; positions end before `end`.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    count: int
+    end: int
+
+
 class TorchBackend:
     """One model on one torch device: implements `Backend`.
 
     Weights are copied to the device as `compute_dtype`; attention and norms are in float32 always.
-    Raises ModelError if the layout does not fit the model, NumericsError if the device's products
-    depend on a row's place in its tile.
+    `tile` is the rows of one product; 0 is the device's own number. Raises ModelError if the layout
+    does not fit the model, ConfigError if torch has no such device, NumericsError if a row's result
+    depends on its place in its tile there.
     """
 
     def __init__(
@@ -67,6 +80,7 @@ class TorchBackend:
         *,
         device: str = "cpu",
         compute_dtype: str = "float32",
+        tile: int = 0,
     ) -> None:
         """Reads `weights` once, at construction; `pages` is read and written by every pass."""
         if compute_dtype not in _COMPUTE_DTYPES:
@@ -74,16 +88,11 @@ class TorchBackend:
         check_layout(config, pages.layout)
         self._config = config
         self._pages = pages
-        self._device = torch.device(device)
+        self._device = parse_device(device)
+        make_exact(self._device)
         self._dtype = _COMPUTE_DTYPES[compute_dtype]
-        self._numerics = "/".join(
-            (
-                f"torch-{torch.__version__.split('+')[0]}",
-                _device_class(self._device),
-                compute_dtype,
-                f"tile{TILE}",
-            )
-        )
+        self._tile = tile or tile_rows(self._device)
+        self._numerics = numerics_class(self._device, compute_dtype, self._tile)
         self._weights = self._upload(weights)
         cos, sin = rope_tables(config, config.max_context)
         self._cos = torch.from_numpy(cos).to(self._device)
@@ -102,6 +111,7 @@ class TorchBackend:
         assert int(rows.positions.max()) < self._config.max_context, "past max_context"
         self._rows = rows
         self._spans = _spans(rows)
+        self._tiles = [self._tiles_of(span) for span in self._spans]
         self._positions = self._padded_to_device(rows.positions)
         self._hidden = self._weights[EMBEDDING][self._padded_to_device(rows.tokens)]
         self._next_group = 0
@@ -118,29 +128,29 @@ class TorchBackend:
         if len(which) == 0:
             return np.zeros((0, self._config.vocab_size), np.float32)
         hidden = self._hidden[self._padded_to_device(which)]
-        tiles = [self._linear("lm_head", self._norm("model.norm", x)) for x in hidden.split(TILE)]
+        tiles = [self._head(x) for x in hidden.split(self._tile)]
         result: NDArray[np.float32] = torch.cat(tiles).float().cpu().numpy()[: len(which)]
         return result
 
     def _run_layer(self, layer: int, group: int, slot: int) -> None:
         """One layer for all rows; `slot` is its place in the group's pages."""
         prefix = f"model.layers.{layer}"
-        places = self._positions.split(TILE)
-        tiles = self._hidden.split(TILE)
+        places = self._positions.split(self._tile)
+        tiles = self._hidden.split(self._tile)
         projected = [self._project(prefix, x, at) for x, at in zip(tiles, places, strict=True)]
         query, key, value = (torch.cat(part) for part in zip(*projected, strict=True))
         self._store(group, slot, torch.stack((key, value), dim=1))
         attended = torch.zeros_like(query)
-        for span in self._spans:
-            self._attend(span, query, attended, layer, group, slot)
-        rows = attended.to(self._dtype).flatten(1).split(TILE)
+        for span, parts in zip(self._spans, self._tiles, strict=True):
+            self._attend(span, parts, query, attended, layer, group, slot)
+        rows = attended.to(self._dtype).flatten(1).split(self._tile)
         pairs = zip(tiles, rows, strict=True)
         self._hidden = torch.cat([self._finish(prefix, x, seen) for x, seen in pairs])
 
     def _project(
         self, prefix: str, hidden: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [TILE, heads, D], k and v [TILE, kv heads, D] in float32, q and k rotated."""
+        """q [tile, heads, D], k and v [tile, kv heads, D] in float32, q and k rotated."""
         x = self._norm(f"{prefix}.input_layernorm", hidden)
         attention = f"{prefix}.self_attn"
         query, key, value = (
@@ -161,6 +171,9 @@ class TorchBackend:
         inner = gate * self._linear(f"{prefix}.mlp.up_proj", x)
         return hidden + self._linear(f"{prefix}.mlp.down_proj", inner)
 
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._linear("lm_head", self._norm("model.norm", hidden))
+
     def _store(self, group: int, slot: int, kv: torch.Tensor) -> None:
         """Rounds kv [rows, K and V, kv heads, D] to the stored dtype and writes it into pages."""
         rounded = kv.to(_KV_DTYPES[self._pages.layout.kv_dtype]).cpu()
@@ -176,6 +189,7 @@ class TorchBackend:
     def _attend(
         self,
         span: _Span,
+        tiles: list[_Tile],
         query: torch.Tensor,
         attended: torch.Tensor,
         layer: int,
@@ -186,20 +200,28 @@ class TorchBackend:
         window = self._config.sliding_window[layer] or self._config.max_context
         first_block = max(0, span.first - window + 1) // PAGE_TOKENS
         keys, values = self._context(span, first_block, group, slot)
-        for start in range(0, len(span.rows), TILE):
-            rows = torch.from_numpy(span.rows[start : start + TILE]).to(self._device)
-            at = torch.arange(TILE, device=self._device).clamp(max=len(rows) - 1)
-            positions = span.first + start + at
-            blocks = (span.first + start + len(rows) - 1) // PAGE_TOKENS - first_block + 1
+        for tile in tiles:
+            blocks = blocks_for(tile.end) - first_block
             seen = _attention(
-                query[rows[at]],
-                positions,
+                query[tile.rows],
+                tile.positions,
                 keys[:blocks],
                 values[:blocks],
                 first_block * PAGE_TOKENS,
                 window,
             )
-            attended[rows] = seen[: len(rows)]
+            attended[tile.rows[: tile.count]] = seen[: tile.count]
+
+    def _tiles_of(self, span: _Span) -> list[_Tile]:
+        tiles = []
+        for start in range(0, len(span.rows), self._tile):
+            count = min(self._tile, len(span.rows) - start)
+            at = start + np.minimum(np.arange(self._tile), count - 1)
+            rows, positions = torch.from_numpy(np.stack((span.rows[at], span.first + at))).to(
+                self._device
+            )
+            tiles.append(_Tile(rows, positions, count, span.first + start + count))
+        return tiles
 
     def _context(
         self, span: _Span, first_block: int, group: int, slot: int
@@ -224,13 +246,13 @@ class TorchBackend:
         return self._weights[f"{name}.weight"] * (wide * scale).to(self._dtype)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        assert x.shape[0] == TILE
+        assert x.shape[0] == self._tile
         weights = self._weights
         return torch.nn.functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     def _padded_to_device(self, values: NDArray[np.int32]) -> torch.Tensor:
         """int64 on the device, padded with zeros to whole tiles."""
-        padded = np.zeros(-(-len(values) // TILE) * TILE, np.int64)
+        padded = np.zeros(-(-len(values) // self._tile) * self._tile, np.int64)
         padded[: len(values)] = values
         return torch.from_numpy(padded).to(self._device)
 
@@ -245,21 +267,44 @@ class TorchBackend:
         return tensors
 
     def _check_row_independence(self) -> None:
-        """Moves each row of a tile by one place, for each shape of product, and compares bits."""
-        generator = torch.Generator().manual_seed(0)
-        checked = set()
-        for name, weight in self._weights.items():
-            if weight.dim() != 2 or name == EMBEDDING or weight.shape in checked:
-                continue
-            checked.add(weight.shape)
-            rows = torch.randn(TILE, weight.shape[1], generator=generator)
-            rows = rows.to(self._device, self._dtype)
-            product = name.removesuffix(".weight")
-            moved = self._linear(product, rows.roll(1, 0))
-            if not torch.equal(moved, self._linear(product, rows).roll(1, 0)):
+        """Moves each row of a tile by one place through every step of a layer, and compares bits."""
+        for name, step, rows in self._steps():
+            moved = step(*(x.roll(1, 0) for x in rows))
+            if not torch.equal(moved, step(*rows).roll(1, 0)):
                 raise NumericsError(
-                    f"{self._numerics}: {product}: a row's result depends on its place"
+                    f"{self._numerics}: {name}: a row's result depends on its place"
                 )
+
+    def _steps(self) -> list[tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]]:
+        """What happens to a tile, with random rows that are all at one position."""
+        config, generator = self._config, torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(self._device, self._dtype)
+
+        layer = "model.layers.0"
+        position = min(PAGE_TOKENS, config.max_context) - 1  # sees all of a page
+        at = torch.full((self._tile,), position, device=self._device)
+        page = draw(1, config.kv_heads, PAGE_TOKENS, config.head_dim).float()
+        hidden = draw(self._tile, config.hidden)
+        query = draw(self._tile, config.heads, config.head_dim).float()
+
+        def project(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat(self._project(layer, x, at), dim=1)
+
+        def attend(q: torch.Tensor) -> torch.Tensor:
+            return _attention(q, at, page, page, 0, PAGE_TOKENS)
+
+        def finish(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+            return self._finish(layer, x, seen)
+
+        attended = query.to(self._dtype).flatten(1)
+        return [
+            ("queries, keys and values", project, (hidden,)),
+            ("attention", attend, (query,)),
+            ("perceptron", finish, (hidden, attended)),
+            ("logits", self._head, (hidden,)),
+        ]
 
 
 def _attention(
@@ -270,10 +315,10 @@ def _attention(
     first_key: int,
     window: int,
 ) -> torch.Tensor:
-    """Softmax attention of TILE rows of one sequence, page by page in ascending order.
+    """Softmax attention of one tile's rows of one sequence, page by page in ascending order.
 
-    query: [TILE, heads, D]; keys, values: [blocks, kv heads, 64, D], from position `first_key`.
-    Returns [TILE, heads, D]. The sums are rescaled when a page raises the maximum ("online
+    query: [tile, heads, D]; keys, values: [blocks, kv heads, 64, D], from position `first_key`.
+    Returns [tile, heads, D]. The sums are rescaled when a page raises the maximum ("online
     softmax", Milakov and Gimelshein 2018); a page that a row may not see changes none of its bits.
     """
     tile, heads, head_dim = query.shape
@@ -334,15 +379,3 @@ def _as_tensor(view: WeightView) -> torch.Tensor:
     """A copy in host memory: torch has no read-only tensors and would warn about the mapping."""
     tensor = torch.from_numpy(np.array(view.array))
     return tensor.view(torch.bfloat16) if view.dtype == "BF16" else tensor
-
-
-def _device_class(device: torch.device) -> str:
-    """What decides a device's kernels: the accelerator's name, or instruction set and threads.
-
-    On a CPU the thread count counts: for some odd shapes it changes how a product is split.
-    """
-    if device.type == "cpu":
-        capability = torch.backends.cpu.get_cpu_capability().lower()
-        return f"cpu-{capability}-{torch.get_num_threads()}t"
-    name = getattr(torch.get_device_module(device), "get_device_name", None)
-    return f"{device.type}-{name(device)}".replace(" ", "-") if name else device.type

@@ -24,29 +24,39 @@ from services import _native
 from services.kv.layout import PAGE_TOKENS, KvLayout, blocks_for
 from services.ops.errors import ConfigError, LayoutMismatch, Unavailable
 
-MAGIC = b"BATONKV3"
+MAGIC = b"BATONKV4"
 SUPERBLOCK_BYTES = 4096
 FREE, OPEN, SEALED = range(3)
 
-HEADER = np.dtype(
+# The first cache line of a page's header: written by the kv-store alone.
+OWN = np.dtype(
     [
         ("magic", "<u4"),
         ("version", "<u2"),
         ("group", "<u2"),
-        ("state", "<u4"),
-        ("epoch", "<u4"),
-        ("owner", "<u8"),
-        ("key", "V16"),
-        ("tokens", "<u4"),
-        ("checksum", "<u4"),
         ("block", "<u4"),
-        ("quarantined", "<u4"),
+        ("lease", "<u4"),
+        ("owner", "<u8"),
         ("stamp", "<u8"),
         ("writer", "V16"),
-        ("padding", "V48"),
+        ("epoch", "<u4"),
+        ("quarantined", "<u4"),
+        ("own_crc", "<u4"),
+        ("own_padding", "<u4"),
+    ]
+)
+HEADER = np.dtype(
+    [
+        *OWN.descr,
+        ("state", "<u4"),
+        ("tokens", "<u4"),
+        ("key", "V16"),
+        ("checksum", "<u4"),
+        ("padding", "V36"),
         ("row_crc", "<u4", (PAGE_TOKENS,)),
     ]
 )
+assert OWN.itemsize == 64
 assert HEADER.itemsize == _native.PAGE_HEADER_BYTES
 PAGE_MAGIC = 0x31475042
 
@@ -62,6 +72,7 @@ class ArenaPlan:
     max_context: int
     fingerprint: str
     store_id: str
+    one_class: bool = True  # prefill and decode compute the same bits
     headers_offset: int = SUPERBLOCK_BYTES
 
     @property
@@ -98,11 +109,14 @@ def plan_arena(
     max_context: int,
     fingerprint: str,
     store_id: str,
+    one_class: bool = True,
 ) -> ArenaPlan:
     """Fits as many blocks as `arena_bytes` allow. Raises ConfigError when not even one request fits."""
 
     def plan(blocks: int) -> ArenaPlan:
-        return ArenaPlan(layout, blocks, streams, record_bytes, max_context, fingerprint, store_id)
+        return ArenaPlan(
+            layout, blocks, streams, record_bytes, max_context, fingerprint, store_id, one_class
+        )
 
     per_block = layout.groups * (layout.page_bytes + HEADER.itemsize)
     blocks = max(0, (arena_bytes - plan(0).total_bytes) // per_block)
@@ -134,12 +148,21 @@ def create_arena(directory: Path, plan: ArenaPlan) -> Arena:
     os.pwrite(fd, MAGIC + struct.pack("<I", len(text)) + text, 0)
     os.close(fd)
     arena = Arena(directory, unfinished.name)
-    arena.headers["magic"] = PAGE_MAGIC
-    arena.headers["version"] = 1
-    arena.headers["group"] = np.repeat(np.arange(plan.layout.groups), plan.blocks)
-    arena.headers["block"] = np.tile(np.arange(plan.blocks), plan.layout.groups)
+    own = arena.own_headers
+    own["magic"] = PAGE_MAGIC
+    own["version"] = 1
+    own["group"] = np.repeat(np.arange(plan.layout.groups), plan.blocks)
+    own["block"] = np.tile(np.arange(plan.blocks), plan.layout.groups)
+    own["own_crc"] = own_crcs(own)
     unfinished.rename(path)
     return arena
+
+
+def own_crcs(own: NDArray[np.void]) -> NDArray[np.uint32]:
+    """What `own_crc` of each of these `OWN` headers must be."""
+    size = int(OWN.fields["own_crc"][1])  # type: ignore[index]
+    raw = np.ascontiguousarray(own).view(np.uint8).reshape(-1, OWN.itemsize)[:, :size]
+    return np.array([_native.crc32c(bytes(line), 0) for line in raw], np.uint32)
 
 
 def read_plan(path: Path) -> ArenaPlan:
@@ -167,6 +190,10 @@ class Arena:
         plan, layout = self.plan, self.plan.layout
         self.headers: NDArray[np.void] = np.ndarray(
             (plan.pages,), HEADER, self._map, plan.headers_offset
+        )
+        # Only the kv-store may write these.
+        self.own_headers: NDArray[np.void] = np.ndarray(
+            (plan.pages,), OWN, self._map, plan.headers_offset, (HEADER.itemsize,)
         )
         self._pages: NDArray[np.generic] = np.ndarray(
             (plan.pages, *layout.page_shape), layout.dtype, self._map, plan.pages_offset

@@ -12,6 +12,7 @@ FlowKV's block-major and Mooncake's layer-major order (systems.md 2.6).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class KvLayout:
 
     @property
     def page_bytes(self) -> int:
-        return int(np.prod(self.page_shape)) * self.dtype.itemsize
+        return math.prod(self.page_shape) * self.dtype.itemsize
 
     @property
     def token_bytes(self) -> int:

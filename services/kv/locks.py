@@ -40,6 +40,12 @@ def is_held(arena_dir: Path, worker_id: str) -> bool:
     return False
 
 
+def all_held(arena_dir: Path) -> set[str]:
+    """Every worker whose process exists now."""
+    names = {path.name for path in (arena_dir / "locks").iterdir()}
+    return {name for name in names if is_held(arena_dir, name)}
+
+
 def forget_dead(arena_dir: Path) -> int:
     """Removes the files of workers that are gone; gives their number."""
     removed = 0

@@ -14,7 +14,7 @@ Step c reads generated c, writes its K and V at position prompt + c, and commits
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,12 +48,18 @@ FENCED_MAX = (
 )
 
 
+@lru_cache(maxsize=16)
 def plan_dtype(max_context: int) -> np.dtype[np.void]:
     """Who works on the stream and in which blocks; two copies, of which a word names the valid one.
 
-    table_epoch: the decode epoch that these tables were made for.
+    table_epoch, table_attempt: the decode epoch and the prefill attempt that these tables were made
+        for, which their writers got; a fence may be ahead of them.
     fenced: former writers that have not said Stopped; in a resting record, all that are waited for.
+    fenced_epochs: the last epoch or attempt that each of them got.
     tail_source: the block whose first `tail_rows` rows that epoch has to copy, or NO_BLOCK.
+    prefill_start: the token from which prefill's present attempt computes.
+    repair_source: for a block whose KV was damaged, the damaged one; the tables hold a fresh one for
+        whoever works on the stream to fill. Block plus one; 0: nothing to do.
     """
     blocks = blocks_for(max_context)
     return np.dtype(
@@ -61,16 +67,21 @@ def plan_dtype(max_context: int) -> np.dtype[np.void]:
             ("prefill_writer", "S40"),
             ("decode_writer", "S40"),
             ("fenced", "S40", (FENCED_MAX,)),
+            ("fenced_epochs", "<u4", (FENCED_MAX,)),
             ("table_epoch", "<u4"),
+            ("table_attempt", "<u4"),
             ("cached_tokens", "<u4"),
             ("tail_rows", "<u4"),
             ("tail_source", "<u4"),
+            ("prefill_start", "<u4"),
+            ("repair_source", "<u4", (blocks,)),
             ("prefill_table", "<u4", (blocks,)),
             ("decode_table", "<u4", (blocks,)),
         ]
     )
 
 
+@lru_cache(maxsize=16)  # numpy takes 50 us to make it, and every look at a record needs it
 def record_dtype(layout: KvLayout, max_context: int) -> np.dtype[np.void]:
     """One record, padded to whole cache lines."""
     fields = np.dtype(

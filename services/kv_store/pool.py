@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+ANYBODY = "f" * 32  # a writer that is not known: any process that was there before the store
+
 
 @dataclass(frozen=True)
 class Quarantine:
@@ -97,6 +99,7 @@ class BlockPool:
     def finish_writing(self, block: int) -> None:
         """The block is sealed: nobody writes it again."""
         self.writers.pop(block, None)
+        self.changed.add(block)
 
     def retire(self, block: int, request_id: str, may_write: Callable[[str], bool]) -> bool:
         """Gives up the only lease on a block; quarantines it if its writer may still be there.

@@ -6,6 +6,7 @@ mistakes are assertions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -45,6 +46,12 @@ class Overloaded(BatonError):
     retryable = True
 
 
+class NeverFits(BatonError):
+    """More pages than there will ever be room for, however long one waits."""
+
+    code = "OUT_OF_RANGE"
+
+
 class Unavailable(BatonError):
     """A process this needs is not there now."""
 
@@ -59,14 +66,33 @@ class StaleEpoch(BatonError):
 
 
 class CorruptKv(BatonError):
-    """KV failed verification: it never produces a token. `block` is the sequence's block at fault."""
+    """KV failed verification: it never produces a token.
+
+    `blocks`: the sequence's blocks at fault. `resume_at`: tokens from there on may have been computed
+    from them. `irreparable`: computing them again did not give the bytes that were stored.
+    """
 
     code = "DATA_LOSS"
     retryable = True
 
-    def __init__(self, message: str, block: int = 0) -> None:
+    def __init__(
+        self, message: str, blocks: Sequence[int] = (), resume_at: int | None = None,
+        irreparable: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.block = block
+        self.blocks, self.resume_at, self.irreparable = sorted(blocks), resume_at, irreparable
+
+
+class Unauthenticated(BatonError):
+    """The caller's certificate does not say who it is."""
+
+    code = "UNAUTHENTICATED"
+
+
+class Forbidden(BatonError):
+    """The caller is known and may not do this."""
+
+    code = "PERMISSION_DENIED"
 
 
 class LayoutMismatch(BatonError):

@@ -1,6 +1,7 @@
 """`python -m services.ops.healthcheck <role>`: exit status 0 when this container's process is well.
 
-A server is asked over gRPC where it listens (BATON_LISTEN). A worker has no server: while the
+A server is asked over gRPC where it listens (BATON_LISTEN), with its own role's keys where there are
+some (BATON_KEYS_DIR). A worker has no server: while the
 scheduler has it, it touches a file named after it (BATON_NAME) at each heartbeat, whose age tells.
 """
 
@@ -27,13 +28,21 @@ def local_address(listen: str) -> str:
     return f"127.0.0.1:{port}" if host in ("", "0.0.0.0", "[::]", "*") else listen
 
 
-def server_problem(role: str, listen: str) -> str:
+def server_problem(role: str, listen: str, keys_dir: str) -> str:
     """Asks grpc.health.v1; empty when it serves."""
-    import grpc  # a worker's check runs every few seconds and must not pay for this import
+    import grpc  # a worker's check runs every few seconds and must not pay for these imports
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    from services.ops.errors import ConfigError
+    from services.ops.keys import load
+    from services.wire.tls import open_channel
+
     address = local_address(listen)
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    try:
+        keys = load(keys_dir, role)
+    except ConfigError as error:
+        return error.message
+    with open_channel(grpc, address, keys, role, [("grpc.enable_http_proxy", 0)]) as channel:
         request = health_pb2.HealthCheckRequest(service=SERVERS[role])
         try:
             stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
@@ -64,7 +73,7 @@ def problem(role: str, environ: Mapping[str, str]) -> str:
         return f"{variable} is not set"
     if role in WORKERS:
         return worker_problem(environ[variable])
-    return server_problem(role, environ[variable])
+    return server_problem(role, environ[variable], environ.get("BATON_KEYS_DIR", ""))
 
 
 def main(argv: Sequence[str]) -> int:

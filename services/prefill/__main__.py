@@ -6,9 +6,11 @@ import asyncio
 import sys
 
 from baton.v1 import cluster_pb2, control_pb2
-from services.engine.load import load_backend
+from services.engine.load import load_backend, require_numerics
 from services.kv.worker import ArenaHold, join
 from services.ops import config, lifecycle, log
+from services.ops.keys import Keys
+from services.ops.keys import load as load_keys
 from services.prefill.config import PrefillConfig
 from services.prefill.engine_loop import PrefillEngine
 from services.wire.link import SchedulerLink
@@ -18,12 +20,13 @@ from services.wire.worker import attached, registration
 class PrefillWorker:
     """Translates between the scheduler's commands and the engine thread."""
 
-    def __init__(self, settings: PrefillConfig, hold: ArenaHold) -> None:
+    def __init__(self, settings: PrefillConfig, hold: ArenaHold, keys: Keys | None) -> None:
         self._settings, self._hold = settings, hold
         self._loop = asyncio.get_running_loop()
         self._link: SchedulerLink | None = None
         backend = load_backend(settings.device, settings.model, hold.identity.config, hold.arena)
-        self.engine = PrefillEngine(settings, hold.arena, backend, self._report)
+        require_numerics(backend, settings.prefill_device)
+        self.engine = PrefillEngine(settings, hold.arena, backend, self._report, keys)
 
     def use(self, link: SchedulerLink) -> None:
         self._link = link
@@ -59,16 +62,21 @@ class PrefillWorker:
 async def serve(settings: PrefillConfig) -> None:
     """Runs the worker until it is told to stop."""
     stopping = lifecycle.stop_event()
+    keys = load_keys(settings.keys_dir, "prefill")
     hold = join(settings.arena_dir, settings.model, settings.prefill_device, settings.decode_device)
-    worker = PrefillWorker(settings, hold)
+    worker = PrefillWorker(settings, hold, keys)
     worker.engine.start()
-    await attached(settings, stopping, worker.register, worker.command, link_ready=worker.use)
+    await attached(
+        settings, stopping, worker.register, worker.command, keys=keys, link_ready=worker.use,
+        streams=lambda: len(worker.engine.jobs),
+    )  # fmt: skip
     worker.engine.close()
 
 
 def main() -> int:
     settings = config.load(PrefillConfig)
     log.configure(settings.name, settings.log_level)
+    lifecycle.require_core(settings.io_core, "io_core")
     lifecycle.pin(settings.cores)
     return lifecycle.run(lambda: serve(settings))
 

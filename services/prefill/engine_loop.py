@@ -11,19 +11,30 @@ import numpy as np
 
 from baton.v1 import control_pb2
 from services.engine.backend import Backend, Rows
+from services.engine.repair import open_repairs, repair
 from services.engine.sampling import sample
 from services.kv.arena import Arena
 from services.kv.identity import RowIdentity
 from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
-from services.kv.verify import verify_rows
+from services.kv.verify import verify_groups
 from services.ops import lifecycle, log
-from services.ops.errors import BatonError, StaleEpoch
+from services.ops.errors import BatonError, CorruptKv, LayoutMismatch, StaleEpoch, Unavailable
 from services.ops.failpoints import Failpoints
+from services.ops.keys import Keys
 from services.prefill.config import PrefillConfig
-from services.prefill.handoff import Handoff, LocalHandoff, RemoteHandoff, Sockets
+from services.prefill.handoff import (
+    Destination,
+    Handoff,
+    LocalHandoff,
+    RemoteHandoff,
+    push_of,
+)
 from services.prefill.state import Chunk, chunks
+from services.prefill.transfer import Transfers
 from services.wire.messages import finish_reason, refusal, sampling_params
+from services.wire.session import hello_of
+from services.wire.zmq_medium import ZmqMedium
 
 _logger = log.get("prefill")
 
@@ -39,8 +50,10 @@ class Job:
     command: control_pb2.ExecutePrefill
     announce: str
     stop_epoch: int = 0  # not 0: told to let go of all up to this epoch
+    handoff: Handoff | None = None
     ready: list[control_pb2.GroupTime] = field(default_factory=list)
     computed: int = 0
+    repaired: list[int] = field(default_factory=list)  # rows of each repaired block
 
 
 class PrefillEngine:
@@ -48,17 +61,24 @@ class PrefillEngine:
 
     def __init__(
         self, config: PrefillConfig, arena: Arena, backend: Backend,
-        report: Callable[[control_pb2.WorkerEvent], None],
+        report: Callable[[control_pb2.WorkerEvent], None], keys: Keys | None = None,
     ) -> None:  # fmt: skip
+        self._keys = keys
         self._config, self._arena, self._backend = config, arena, backend
         self._report = report
         self._fingerprint = bytes.fromhex(arena.plan.fingerprint)
         self._failpoints = Failpoints(config.failpoints, config.name)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.jobs: dict[tuple[str, int], Job] = {}  # (request, attempt), until it has ended
+        self._announcements = ZmqMedium(config.io_core, keys=keys)
+        self._transfers = Transfers(
+            ZmqMedium(config.io_core, keys=keys), hello_of(arena.plan), config.io_core,
+            config.transfer_patience_ms / 1e3,
+        )  # fmt: skip
         self._thread = lifecycle.engine_thread(self._run, "prefill-engine")
 
     def start(self) -> None:
+        self._transfers.start()
         self._thread.start()
 
     def submit(self, command: control_pb2.ExecutePrefill) -> None:
@@ -79,37 +99,57 @@ class PrefillEngine:
         mine = [job for job in self.of(request_id) if job.command.attempt <= epoch]
         for job in mine:
             job.stop_epoch = max(job.stop_epoch, epoch)
+            if job.handoff is not None:
+                job.handoff.cancel()
         return bool(mine)
 
     def close(self) -> None:
         self._jobs.put(None)
         self._thread.join()
+        self._transfers.close()
+        self._announcements.close()
 
     def _run(self) -> None:
-        sockets = Sockets(self._config.io_core)
         while job := self._jobs.get():
             self._failpoints.refresh()
-            command = job.command
             try:
-                self._prefill(job, sockets)
+                self._prefill(job)
             except Stopped:
-                pass
-            except StaleEpoch as error:
-                self._refuse(command, error)
+                self._end(job, None, cancel=True)
             except BatonError as error:
+                self._end(job, None if job.stop_epoch else error, cancel=True)
+            else:
+                self._end(job, None, cancel=False)
+
+    def _end(self, job: Job, error: BatonError | None, *, cancel: bool) -> None:
+        """This worker is done with a job once its transfer has ended too; the next one is computed
+        meanwhile."""
+        if job.handoff is None:
+            self._ended(job, error)
+        else:
+            job.handoff.end(lambda failed: self._ended(job, error or failed), cancel=cancel)
+            if job.stop_epoch:  # it came while there was no handoff to cancel
+                job.handoff.cancel()
+
+    def _ended(self, job: Job, error: BatonError | None) -> None:
+        """On the engine's thread or the transfers'."""
+        command = job.command
+        if error is not None:
+            if not isinstance(error, StaleEpoch):
                 _logger.error("prefill failed", request_id=command.request_id, error=error.message)
-                self._refuse(command, error)
-            del self.jobs[command.request_id, command.attempt]
-            stopped = control_pb2.Stopped(
-                request_id=command.request_id, epoch=max(command.attempt, job.stop_epoch)
-            )
-            self._report(control_pb2.WorkerEvent(stopped=stopped))
-        sockets.close()
+            self._refuse(command, error)
+        del self.jobs[command.request_id, command.attempt]
+        stopped = control_pb2.Stopped(
+            request_id=command.request_id, epoch=max(command.attempt, job.stop_epoch)
+        )
+        self._report(control_pb2.WorkerEvent(stopped=stopped))
 
     def _refuse(self, command: control_pb2.ExecutePrefill, error: BatonError) -> None:
+        if isinstance(error, LayoutMismatch):  # no other worker could do better
+            error = BatonError(error.message)
         self._report(refusal(command.request_id, command.attempt, error))
 
-    def _prefill(self, job: Job, sockets: Sockets) -> None:
+    def _prefill(self, job: Job) -> None:
         if job.stop_epoch:
             raise Stopped
         command = job.command
@@ -117,7 +157,7 @@ class PrefillEngine:
         attempt, done = record.first()
         if attempt != command.attempt:
             raise StaleEpoch(f"attempt: {command.attempt} has been fenced by {attempt}")
-        handoff = self._handoff(job, record, sockets)
+        job.handoff = handoff = self._handoff(job, record)
         prompt = record.number("prompt_tokens")
         if done:
             self._hand_over_again(job, handoff, record)
@@ -126,18 +166,43 @@ class PrefillEngine:
         identity = RowIdentity(record.root, tokens, prompt)
         blocks = np.array(record.prefill_table[: blocks_for(prompt)])
         table = self._arena.table(blocks)
-        start = record.ready_tokens()
-        for group in range(self._arena.layout.groups):  # cached, or another attempt's
-            verify_rows(self._arena, blocks, identity, group, 0, start)
-        if isinstance(handoff, RemoteHandoff) and start:
-            for group in range(self._arena.layout.groups):
-                handoff.ready(group, start)  # what this arena had cached and the other lacks
+        start = self._inherit(job, record, tokens, identity, blocks)
+        if start > record.ready_tokens() or isinstance(handoff, RemoteHandoff):
+            for group in range(self._arena.layout.groups if start else 0):
+                handoff.ready(group, start)  # repaired, or cached here and lacking over there
         later: list[tuple[int, int]] = []
         for chunk in chunks(start, prompt, self._config.chunk_tokens):
             self._compute(job, handoff, chunk, tokens, table, identity, later)
         for group, upto in later:
             handoff.ready(group, upto)
+        self._check(blocks, identity, start, prompt)
         self._first_token(job, handoff, prompt, record)
+
+    def _inherit(
+        self, job: Job, record: StreamRecord, tokens: np.ndarray, identity: RowIdentity,
+        blocks: np.ndarray,
+    ) -> int:  # fmt: skip
+        """Verifies what is cached or another attempt's, and computes again which of these blocks were
+        found damaged before. Gives the token from which this attempt computes."""
+        plan = record.plan().copy()
+        start = max(record.ready_tokens(), int(plan["prefill_start"]))
+        todo = open_repairs(self._arena, plan["repair_source"], blocks, start)
+        skip = frozenset(part.index for part in todo)
+        verify_groups(self._arena, blocks, identity, 0, start, skip=skip)
+        for part in todo:
+            rows = repair(self._backend, self._arena, identity, tokens, blocks, part)
+            job.repaired.append(rows)
+        return start
+
+    def _check(self, blocks: np.ndarray, identity: RowIdentity, start: int, end: int) -> None:
+        """Before anything is said about the prompt: what attention has read is still what was stored.
+        Rows that this attempt has computed after a damaged one may come of it."""
+        try:
+            verify_groups(self._arena, blocks, identity, 0, end)
+        except CorruptKv as error:
+            inherited = [block for block in error.blocks if block * PAGE_TOKENS < start]
+            resume_at = start if inherited else error.blocks[0] * PAGE_TOKENS
+            raise CorruptKv(error.message, inherited, resume_at) from None
 
     def _hand_over_again(self, job: Job, handoff: Handoff, record: StreamRecord) -> None:
         """This attempt had finished here; whoever asks again may lack its pages or its report."""
@@ -146,19 +211,25 @@ class PrefillEngine:
             handoff.ready(group, prompt)
         handoff.first(int(record.tokens[prompt]), float(record.logprobs[prompt]))
         self._report_done(job, record, already_done=True)
-        handoff.finish()
 
-    def _handoff(self, job: Job, record: StreamRecord, sockets: Sockets) -> Handoff:
+    def _handoff(self, job: Job, record: StreamRecord) -> Handoff:
         command = job.command
-        local = LocalHandoff(record, command.attempt, self._fingerprint, sockets)
+        local = LocalHandoff(record, command.attempt, self._fingerprint, self._announcements.notify)
         if not command.ingest_address:
+            if command.remote_attempt:  # announced here, it would never be seen there
+                raise Unavailable(
+                    "ingest_address: decode's store is not known to the scheduler yet"
+                )
             local.announce = job.announce
             return local
-        sent = [command.remote_tokens] * self._arena.layout.groups
-        return RemoteHandoff(
-            self._arena, local, command.remote_slot, command.remote_attempt,
-            command.ingest_address, sent, job.announce,
-        )  # fmt: skip
+        source = command.source_address if self._config.transfer == "pull" else ""
+        to = Destination(
+            command.ingest_address, command.remote_slot, command.remote_attempt, source
+        )
+        push = push_of(record, command.attempt, to)
+        handoff = RemoteHandoff(local, push, to, self._transfers)
+        handoff.announce = job.announce
+        return handoff
 
     def _compute(
         self, job: Job, handoff: Handoff, chunk: Chunk, tokens: np.ndarray, table: np.ndarray,
@@ -186,6 +257,8 @@ class PrefillEngine:
             if job.stop_epoch:
                 raise Stopped
             self._failpoints.hit("prefill.mid_layer", group)
+            if group == self._arena.layout.groups // 2:
+                self._failpoints.hit("prefill.mid_chunk", chunk.begin)
             handoff.announce = job.announce
             if self._config.stream == "layers":
                 handoff.ready(group, chunk.end)
@@ -206,7 +279,6 @@ class PrefillEngine:
         handoff.first(token, logprob)
         self._failpoints.hit("handoff.after_first")
         self._report_done(job, record, already_done=False)
-        handoff.finish()
 
     def _report_done(self, job: Job, record: StreamRecord, already_done: bool) -> None:
         command, prompt = job.command, record.number("prompt_tokens")
@@ -219,7 +291,8 @@ class PrefillEngine:
             computed_tokens=job.computed, kv_bytes=job.computed * self._arena.layout.token_bytes,
             last_layer_at=job.ready[-1].at if job.ready else time.monotonic(),
             finish=finish_reason(first.token_id, first.index, command.sampling), ready=job.ready,
-            already_done=already_done,
+            already_done=already_done, repaired_blocks=len(job.repaired),
+            repaired_tokens=sum(job.repaired),
         )  # fmt: skip
         self._report(control_pb2.WorkerEvent(prefill_done=done))
 

@@ -1,36 +1,36 @@
-"""How computed KV leaves prefill: two media behind one interface.
+"""How computed KV leaves prefill: one interface, whatever lies beneath.
 
 `LocalHandoff`: decode maps the same arena. The pages are where they must be; the record's words say
 how far they are complete, and ZeroMQ only wakes.
 
-`RemoteHandoff`: decode sits in another arena. Runs of whole pages go out as ZeroMQ frames straight
-from this arena's memory; they stay leased until the other store has acknowledged them.
+`RemoteHandoff`: decode sits in another arena. Runs of whole pages go out straight from this arena's
+memory, or are offered to the other store to fetch; they stay leased until it has acknowledged them. A
+thread of its own sends them, so computing never waits for the network.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import zmq
-from numpy.typing import NDArray
 
-from services.kv.arena import Arena
-from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
-from services.ops.errors import StaleEpoch, Unavailable
-from services.wire.stream import FRAME_BYTES_MAX, Kind, StreamHeader
+from services.kv.runs import read_pages
+from services.ops.errors import BatonError, StaleEpoch
+from services.prefill.transfer import Carrier
+from services.wire.push import OfferedPush, Push, Target
+from services.wire.session import Buffer
+from services.wire.stream import FRAME_BYTES_MAX, Announce, pack
 
-RESEND_S = 0.05  # an unacknowledged message goes out again after this
-ACK_S = 5.0  # and the hand-off fails after this
+Ended = Callable[[BatonError | None], None]
+Notify = Callable[[str, bytes], None]
 
 
 class Handoff(Protocol):
-    """Where a prefill's results go. Raises StaleEpoch when this attempt has been fenced."""
+    """Where a prefill's results go. Raises StaleEpoch when this attempt has been fenced, and whatever
+    the transfer has failed with."""
 
     announce: str  # the decode to wake; may change while prefill runs
 
@@ -40,34 +40,14 @@ class Handoff(Protocol):
 
     def first(self, token: int, logprob: float) -> None: ...
 
-    def finish(self) -> None:
-        """Returns when nobody needs this worker's pages any more. Raises Unavailable."""
+    def end(self, ended: Ended, *, cancel: bool = False) -> None:
+        """Nothing more will come. `ended` is called once nobody needs this worker's pages any more, on
+        any thread, with the error if it has failed; at `cancel` as soon as nothing reads them."""
         ...
 
-
-class Sockets:
-    """ZeroMQ sockets of one engine thread, by address, I/O thread on `io_core` if that is >= 0."""
-
-    def __init__(self, io_core: int) -> None:
-        self._context = zmq.Context()
-        if io_core >= 0:
-            self._context.set(zmq.THREAD_AFFINITY_CPU_ADD, io_core)
-        self._sockets: dict[tuple[int, str], zmq.Socket[bytes]] = {}
-        # Message numbers run over all hand-offs: a late acknowledgement of an earlier one that uses
-        # the same socket must not be taken for one of this one's.
-        self.sequence = itertools.count(1)
-
-    def to(self, kind: int, address: str) -> zmq.Socket[bytes]:
-        socket = self._sockets.get((kind, address))
-        if socket is None:
-            socket = self._context.socket(kind)
-            socket.linger = 0
-            socket.connect(address)
-            self._sockets[kind, address] = socket
-        return socket
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
+    def cancel(self) -> None:
+        """Takes back what is still on its way, after `end` too. From any thread."""
+        ...
 
 
 @dataclass
@@ -77,7 +57,7 @@ class LocalHandoff:
     record: StreamRecord
     attempt: int
     fingerprint: bytes
-    sockets: Sockets
+    notify: Notify
     announce: str = ""
 
     def ready(self, group: int, tokens: int) -> None:
@@ -90,105 +70,81 @@ class LocalHandoff:
             raise StaleEpoch(f"attempt: {self.attempt} has been fenced")
         self._wake(0, self.record.number("prompt_tokens"))
 
-    def finish(self) -> None:
+    def end(self, ended: Ended, *, cancel: bool = False) -> None:
+        ended(None)
+
+    def cancel(self) -> None:
         return
 
     def _wake(self, group: int, tokens: int) -> None:
         if not self.announce:
             return
-        header = StreamHeader(
-            Kind.ANNOUNCE, slot=self.record.slot, attempt=self.attempt, group=group, tokens=tokens,
+        announce = Announce(
+            slot=self.record.slot, attempt=self.attempt, group=group, tokens=tokens,
             fingerprint=self.fingerprint,
         )  # fmt: skip
-        try:
-            self.sockets.to(zmq.PUSH, self.announce).send(header.pack(), zmq.DONTWAIT)
-        except zmq.Again:
-            return  # nobody is there: the words in the arena say it all
+        self.notify(self.announce, pack(announce))
 
 
-@dataclass
-class RemoteHandoff:
-    """Streams pages to another arena's store, after announcing them locally for reuse."""
+@dataclass(frozen=True)
+class Destination:
+    """The same stream at decode's store. `source` is where that store can fetch from this arena's; if
+    it is empty, pages are pushed."""
 
-    arena: Arena
-    local: LocalHandoff
+    ingest: str
     slot: int
     attempt: int
-    ingest: str
-    sent_tokens: list[int]  # per layer group: what the other side has
-    announce: str = ""
-    _unacked: dict[int, list[bytes | memoryview]] = field(default_factory=dict)
+    source: str = ""
+
+
+def push_of(
+    record: StreamRecord, attempt: int, to: Destination, frame_bytes_max: int = FRAME_BYTES_MAX
+) -> Push:
+    """The transfer of a prefill's stream out of its arena, whose `ready` is still to be told."""
+    arena = record.arena
+    target = Target(
+        slot=to.slot, attempt=to.attempt, groups=arena.layout.groups,
+        page_bytes=arena.layout.page_bytes, prompt_tokens=record.number("prompt_tokens"),
+    )  # fmt: skip
+    if to.source:
+        return OfferedPush(target, to.source, record.slot, attempt)
+
+    def read(group: int, first_block: int, blocks: int) -> Sequence[Buffer]:
+        table = np.array(record.prefill_table[first_block : first_block + blocks])
+        return read_pages(arena, group, table)
+
+    return Push(target, read, frame_bytes_max)
+
+
+class RemoteHandoff:
+    """Sends pages to another arena's store, after announcing them in this one for reuse. `announce`
+    wakes nobody here: the other store does."""
+
+    def __init__(
+        self, local: LocalHandoff, push: Push, to: Destination, transfers: Carrier
+    ) -> None:
+        self._local, self._push, self._transfers = local, push, transfers
+        self.announce = ""
+        transfers.begin(to.ingest, push)
 
     def ready(self, group: int, tokens: int) -> None:
-        self.local.ready(group, tokens)
-        begin = self.sent_tokens[group] // PAGE_TOKENS
-        end = blocks_for(tokens)
-        while begin < end:
-            count = min(end - begin, self._blocks_per_message)
-            upto = min(tokens, (begin + count) * PAGE_TOKENS)
-            self._send_pages(group, begin, count, upto)
-            begin += count
-        self.sent_tokens[group] = tokens
-        self._collect(0)
+        self._local.ready(group, tokens)
+        self._check()
+        self._transfers.ready(self._push, group, tokens, self.announce)
 
     def first(self, token: int, logprob: float) -> None:
-        self.local.first(token, logprob)
-        self._send(Kind.FIRST, [], token=token, logprob=logprob)
+        self._local.first(token, logprob)
+        self._check()
+        self._transfers.first(self._push, token, logprob, self.announce)
 
-    def finish(self) -> None:
-        deadline = time.monotonic() + ACK_S
-        while self._unacked:
-            if not self._collect(RESEND_S):
-                for message in self._unacked.values():
-                    self._socket.send_multipart(message, copy=True)
-            if time.monotonic() > deadline:
-                raise Unavailable(f"ingest_address: {self.ingest} does not acknowledge")
+    def _check(self) -> None:
+        if self._push.given_up is not None:
+            raise self._push.given_up
 
-    @property
-    def _socket(self) -> zmq.Socket[bytes]:
-        return self.local.sockets.to(zmq.DEALER, self.ingest)
+    def end(self, ended: Ended, *, cancel: bool = False) -> None:
+        if cancel:
+            self.cancel()
+        self._transfers.end(self._push, ended)
 
-    @property
-    def _blocks_per_message(self) -> int:
-        return max(1, FRAME_BYTES_MAX // self.arena.layout.page_bytes)
-
-    def _send_pages(self, group: int, begin: int, count: int, tokens: int) -> None:
-        blocks = np.array(self.local.record.prefill_table[begin : begin + count])
-        ids = [self.arena.page_id(int(block), group) for block in blocks]
-        crcs = self.arena.headers["row_crc"][ids].tobytes()
-        frames: list[bytes | memoryview] = [crcs]
-        frames += [self.arena.run(group, start, length) for start, length in runs(blocks)]
-        self._send(Kind.PAGES, frames, group=group, first_block=begin, blocks=count, tokens=tokens)
-
-    def _send(self, kind: Kind, frames: list[bytes | memoryview], **fields: int | float) -> None:
-        sequence = next(self.local.sockets.sequence)
-        header = StreamHeader(
-            kind, sequence=sequence, slot=self.slot, attempt=self.attempt,
-            fingerprint=self.local.fingerprint, announce=self.announce, **fields,  # type: ignore[arg-type]
-        )  # fmt: skip
-        message = [header.pack(), *frames]
-        self._unacked[sequence] = message
-        self._socket.send_multipart(message, copy=False)
-
-    def _collect(self, timeout_s: float) -> bool:
-        """Takes acknowledgements; waits for the first at most `timeout_s`. False: none came."""
-        came = False
-        while self._socket.poll(0 if came else int(timeout_s * 1000)):
-            header = StreamHeader.unpack(self._socket.recv())
-            self._unacked.pop(header.sequence, None)
-            came = True
-        return came
-
-
-def runs(blocks: NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
-    """Neighbouring blocks as (first, count): one run is one contiguous frame."""
-    start = length = -1
-    for block in blocks:
-        if block == start + length:
-            length += 1
-            continue
-        if length > 0:
-            yield start, length
-        start, length = int(block), 1
-    if length > 0:
-        yield start, length
+    def cancel(self) -> None:
+        self._transfers.cancel(self._push)

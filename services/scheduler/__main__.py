@@ -10,6 +10,8 @@ from baton.v1 import cluster_pb2_grpc, control_pb2_grpc, inference_pb2_grpc
 from services.engine.identity import ModelIdentity, identify
 from services.ops import config, lifecycle, log
 from services.ops.errors import Unavailable
+from services.ops.keys import Keys
+from services.ops.keys import load as load_keys
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.rpc import ClusterServicer, ControlServicer, InferenceServicer
 from services.scheduler.runtime import Scheduler
@@ -17,11 +19,12 @@ from services.scheduler.stores import describe
 from services.wire.rpc import Server
 
 STORES_S = 30.0
+WORKERS, CLIENTS = frozenset({"prefill", "decode"}), frozenset({"client"})
 
 
-async def _identity(settings: SchedulerConfig) -> ModelIdentity:
+async def _identity(settings: SchedulerConfig, keys: Keys | None) -> ModelIdentity:
     """The model as the stores see it: they know the layout, the scheduler only the directory."""
-    layout = await describe(settings.stores[0], STORES_S)
+    layout = await describe(settings.stores[0], STORES_S, keys)
     identity = identify(
         settings.model, kv_dtype=layout.kv_dtype, layers_per_group=layout.layers_per_group,
         prefill_device=layout.prefill_device, decode_device=layout.decode_device,
@@ -34,7 +37,8 @@ async def _identity(settings: SchedulerConfig) -> ModelIdentity:
 async def serve(settings: SchedulerConfig) -> None:
     """Runs the scheduler until it is told to stop."""
     stopping = lifecycle.stop_event()
-    scheduler = Scheduler(settings, await _identity(settings), settings.listen)
+    keys = load_keys(settings.keys_dir, "scheduler")
+    scheduler = Scheduler(settings, await _identity(settings, keys), settings.listen, keys)
     watching = asyncio.create_task(scheduler.stores.watch(scheduler.stores_changed))
 
     def add_control(server: Any) -> None:
@@ -46,15 +50,18 @@ async def serve(settings: SchedulerConfig) -> None:
     def add_cluster(server: Any) -> None:
         cluster_pb2_grpc.add_ClusterServicer_to_server(ClusterServicer(scheduler), server)
 
-    control = Server({"baton.v1.Control": add_control})
-    public = Server({"baton.v1.Inference": add_inference, "baton.v1.Cluster": add_cluster})
+    control = Server({"baton.v1.Control": add_control}, keys, admits=WORKERS)
+    public = Server(
+        {"baton.v1.Inference": add_inference, "baton.v1.Cluster": add_cluster}, keys, admits=CLIENTS
+    )
     await control.start(settings.control_listen)
     scheduler.address = await public.start(settings.listen)
     ticking = asyncio.create_task(scheduler.tick())
+    renewing = asyncio.create_task(scheduler.renew())
     await control.ready()
     await public.ready()
     lifecycle.announce_ready(address=scheduler.address)
-    await lifecycle.until_stopped(stopping, [watching, ticking])
+    await lifecycle.until_stopped(stopping, [watching, ticking, renewing])
     await public.stop(0.5)
     await control.stop(0.1)
     await scheduler.close()

@@ -22,11 +22,14 @@ class SchedulerConfig:
     journal_fsync: bool = option(False, "fsync each record: survives power loss, costs latency")
     heartbeat_ms: int = option(100, "how often workers say they are alive")
     suspect_ms: int = option(700, "silence after which a worker is suspected")
+    lost_ms: int = option(3000, "a host without workers so long is given up, if there is another")
     orphan_ms: int = option(5000, "default: a stream without a reader is cancelled after it")
     retain_ms: int = option(60000, "default: a finished request stays resumable for it")
+    peer_fetch: bool = option(True, "stores fetch cached prefixes from each other")
     waiting_max: int = option(256, "requests that may wait; more are refused")
     recover_grace_ms: int = option(700, "after a restart, wait this long for workers to come back")
     recover: str = option("takeover", "takeover, or reprefill: the control that recomputes")
+    keys_dir: str = option("", "made by `baton keys`: TLS and CURVE everywhere; empty: plain")
     cores: tuple[int, ...] = option((), "processor cores, like 1 or 1-3; empty: any")
     unsafe: tuple[str, ...] = option((), "guards to switch off, for the chaos controls only")
     failpoints: str = option("", "directory of armed failpoints; empty: none")
@@ -35,6 +38,8 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if self.suspect_ms < 3 * self.heartbeat_ms:
             raise ConfigError("suspect_ms: must be at least 3 heartbeats")
+        if self.lost_ms <= self.suspect_ms:
+            raise ConfigError("lost_ms: must be more than suspect_ms")
         if self.recover not in ("takeover", "reprefill"):
             raise ConfigError(f"recover: {self.recover!r} is neither takeover nor reprefill")
         if not self.stores:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from baton.v1 import journal_pb2
 from services._native import crc32c
+from services.ops.private import private_directory
 
 _HEAD = struct.Struct("<II")
 
@@ -41,7 +42,7 @@ class Journal:
     """Appends to `<directory>/journal`. One process at a time."""
 
     def __init__(self, directory: Path, fsync: bool) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        private_directory(directory, "journal_dir")
         self.path = directory / "journal"
         self._fsync = fsync
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o660)

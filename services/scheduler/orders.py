@@ -3,7 +3,7 @@ request as it stands. Pure, and without decisions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from baton.v1 import cluster_pb2, control_pb2, inference_pb2, journal_pb2, store_pb2
 from services.scheduler.request import Phase, Request, WorkerInfo
@@ -36,7 +36,7 @@ def placed(request: Request, **change: object) -> Record:
             "decode_store",
         )
     }  # fmt: skip
-    fields |= {"first_index": request.base_index, **change}
+    fields |= {"first_index": request.base_index, "opened": request.opened, **change}
     return Record(placed=journal_pb2.Placed(**fields))
 
 
@@ -67,9 +67,12 @@ def final_of(record: journal_pb2.Ended) -> inference_pb2.GenerateEvent:
 # --- stores ---
 
 
-def open_stream(request: Request, store: str) -> store_pb2.OpenStreamRequest:
+def open_stream(
+    request: Request, store: str, peers: Iterable[str] = ()
+) -> store_pb2.OpenStreamRequest:  # fmt: skip
     """Pages for prompt and answer in decode's store; for the prompt alone in prefill's, if that is
-    another. In decode's store the ingest socket then writes for prefill."""
+    another. In decode's store the ingest socket then writes for prefill. `peers`: where prefill's
+    store may find blocks of the prefix that it lacks."""
     here = store == request.decode_store
     together = request.prefill_store == request.decode_store
     return store_pb2.OpenStreamRequest(
@@ -83,15 +86,26 @@ def open_stream(request: Request, store: str) -> store_pb2.OpenStreamRequest:
         tenant=request.body.tenant,
         bypass_cache=request.fresh_kv,
         first_index=request.base_index,
+        peers=peers if store == request.prefill_store and not request.fresh_kv else (),
     )
 
 
-def reassign(request: Request, role: str, epoch: int, writer: str) -> store_pb2.ReassignRequest:
+def reassign(
+    request: Request, role: str, epoch: int, writer: str, store: str
+) -> store_pb2.ReassignRequest:
     """`role` is prefill or decode."""
     number = store_pb2.WRITER_ROLE_PREFILL if role == "prefill" else store_pb2.WRITER_ROLE_DECODE
-    return store_pb2.ReassignRequest(
+    message = store_pb2.ReassignRequest(
         request_id=request.request_id, role=number, epoch=epoch, writer=writer
     )
+    damage = request.damage
+    if damage is None or damage.found_by != role:
+        return message
+    if store == damage.store:
+        message.repair_blocks.extend(damage.blocks)
+    if damage.resume_at is not None:
+        message.resume_at = damage.resume_at
+    return message
 
 
 def role_of(message: store_pb2.ReassignRequest) -> str:
@@ -113,8 +127,10 @@ def prepare_decode(request: Request, report_from: int) -> control_pb2.WorkerComm
     )
 
 
-def execute_prefill(request: Request, announce: str, ingest: str) -> control_pb2.WorkerCommand:
-    """`announce` is the decode to wake, `ingest` the socket of decode's store if it is another."""
+def execute_prefill(
+    request: Request, announce: str, ingest: Mapping[str, str]
+) -> control_pb2.WorkerCommand:
+    """`announce` is the decode to wake; `ingest` gives each store's socket for pages."""
     command = control_pb2.ExecutePrefill(
         request_id=request.request_id,
         slot=request.slots[request.prefill_store],
@@ -123,7 +139,8 @@ def execute_prefill(request: Request, announce: str, ingest: str) -> control_pb2
         announce_address=announce,
     )
     if request.prefill_store != request.decode_store:
-        command.ingest_address = ingest
+        command.ingest_address = ingest.get(request.decode_store, "")
+        command.source_address = ingest.get(request.prefill_store, "")
         command.remote_slot = request.slots[request.decode_store]
         command.remote_tokens = request.cached[request.decode_store]
         command.remote_attempt = request.attempt

@@ -4,22 +4,28 @@ the arena how far they had come, and the workers that return who still runs them
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from baton.v1 import control_pb2, inference_pb2, journal_pb2, store_pb2
 from services.scheduler import orders
+from services.scheduler.books import Books
+from services.scheduler.endings import Endings
+from services.scheduler.moving import Moving
+from services.scheduler.placing import Placing
+from services.scheduler.reports import Reports
 from services.scheduler.request import CallStore, Phase, Request
+from services.scheduler.stops import Stops
 from services.wire.messages import finish_reason
-
-if TYPE_CHECKING:
-    from services.scheduler.state import SchedulerState
 
 
 class Recovery:
     """Takes requests from RECOVERING to wherever they belong."""
 
-    def __init__(self, state: SchedulerState) -> None:
-        self._state = state
+    def __init__(
+        self, books: Books, stops: Stops, endings: Endings, placing: Placing, moving: Moving,
+        reports: Reports,
+    ) -> None:  # fmt: skip
+        self._books, self._stops, self._endings = books, stops, endings
+        self._placing, self._moving, self._reports = placing, moving, reports
         self._due_at: float | None = None
 
     def replay(
@@ -31,14 +37,15 @@ class Recovery:
             if kind == "accepted":
                 self._accepted(now, unix_ms, record.accepted)
             elif kind == "placed":
-                self._state.saw_epoch(record.placed.epoch, record.placed.attempt)
+                self._books.saw_epoch(record.placed.epoch, record.placed.attempt)
                 self._placed(record.placed)
             elif kind == "ended":
                 self._ended(now, record.ended)
-        self._due_at = now + self._state.config.recover_grace_ms / 1e3
+        self._due_at = now + self._books.config.recover_grace_ms / 1e3
+        self._books.recovering = True
 
     def _accepted(self, now: float, unix_ms: int, accepted: journal_pb2.Accepted) -> None:
-        request = self._state.new_request(
+        request = self._books.new_request(
             now, accepted.body, list(accepted.token_ids), accepted.sampling,
             accepted.accepted_unix_ms, accepted.deadline_unix_ms,
         )  # fmt: skip
@@ -49,17 +56,17 @@ class Recovery:
         request.tell("taken up from the journal")
 
     def _placed(self, placed: journal_pb2.Placed) -> None:
-        request = self._state.requests.get(placed.request_id)
+        request = self._books.requests.get(placed.request_id)
         if request is None:
             return
         request.epoch, request.attempt = placed.epoch, placed.attempt
         request.prefill_worker, request.decode_worker = placed.prefill_worker, placed.decode_worker
         request.prefill_store, request.decode_store = placed.prefill_store, placed.decode_store
-        request.base_index = placed.first_index
+        request.base_index, request.opened = placed.first_index, placed.opened
         request.prefill_stopped, request.decode_told = False, True  # as far as can be known
 
     def _ended(self, now: float, ended: journal_pb2.Ended) -> None:
-        request = self._state.requests.get(ended.request_id)
+        request = self._books.requests.get(ended.request_id)
         if request is None:
             return
         self._take(request, now, ended.token_ids, ended.logprobs)
@@ -73,36 +80,24 @@ class Recovery:
     ) -> None:
         for index, (token_id, logprob) in enumerate(zip(ids, logprobs, strict=True)):
             token = control_pb2.Token(index=index, token_id=token_id, logprob=logprob)
-            self._state.take_token(request, now, token)
+            self._reports.take_token(request, now, token)
             if request.text.stopped:
                 break  # what follows a stop string is not part of the answer
 
-    @property
-    def pending(self) -> bool:
-        """Whether the streams of the scheduler before this one are still to be looked for."""
-        return self._due_at is not None
-
     def _waiting(self) -> list[Request]:
-        return [r for r in self._state.requests.values() if r.phase is Phase.RECOVERING]
+        return [r for r in self._books.requests.values() if r.phase is Phase.RECOVERING]
 
     def tick(self, now: float) -> list[CallStore]:
         """Once everyone awaited is back, or the grace is over: asks the stores for the streams."""
-        state = self._state
-        if self._due_at is None or not state.ingest:
+        books = self._books
+        if self._due_at is None or not books.ingest:
             return []
         waiting = self._waiting()
         awaited = {w for r in waiting for w in (r.decode_worker, r.prefill_worker) if w}
-        if now < self._due_at and not awaited <= set(state.workers):
+        if now < self._due_at and not awaited <= set(books.workers):
             return []
-        self._due_at = None
-        alive = [r for r in state.requests.values() if not r.done]
-        calls = []
-        for store in state.ingest:
-            here = [r.request_id for r in alive if store in r.stores]
-            keep = store_pb2.ReconcileRequest(request_ids=here, epoch=state.epoch)
-            calls.append(CallStore("", store, "Reconcile", keep))
-        for info in state.workers.values():
-            calls += state.let_go(info)
+        self._due_at, books.recovering = None, False
+        calls = self.reconcile(books.ingest)
         for request in waiting:
             if request.decode_store and not request.base_index:
                 message = store_pb2.ReadStreamRequest(request_id=request.request_id)
@@ -111,22 +106,51 @@ class Recovery:
                 )
                 continue
             if request.decode_store:  # part of its tokens died with us: all are made again
-                state.release(request, keep=True)
+                self._endings.release(request, keep=True)
             request.phase = Phase.WAITING
         return calls
 
-    def found(self, request: Request, now: float, reply: store_pb2.ReadStreamResponse) -> None:
+    def reconcile(self, stores: Iterable[str]) -> list[CallStore]:
+        """These stores let go of the streams that nobody remembers."""
+        calls = []
+        for store in stores:
+            alive = [r for r in self._books.requests.values() if not r.done and store in r.stores]
+            message = store_pb2.ReconcileRequest(
+                request_ids=[r.request_id for r in alive], epoch=self._books.epoch
+            )
+            calls.append(CallStore("", store, "Reconcile", message))
+        return calls
+
+    def reconciled(self, store: str) -> None:
+        """A store has let go of what nobody remembers. Only now may it hear which workers have let go
+        of what: before, it did not wait for them yet."""
+        for info in self._books.workers.values():
+            calls = self._stops.settle(info)
+            self._books.call_each(call for call in calls if call.store_id == store)
+
+    def found(
+        self, request: Request, now: float, store: str, reply: store_pb2.ReadStreamResponse
+    ) -> None:
         """The stream's record still lies in the arena: adopt its tokens and whoever runs it."""
-        if request.phase is not Phase.RECOVERING:
+        older = min(reply.epoch, reply.attempt) < request.opened
+        if older or reply.first_index:  # another opening: a dead scheduler's call came late
+            self.lost(request, now)
             return
+        if store != request.decode_store:  # where prefill is at work for another arena
+            request.slots[store] = reply.slot
+            self._adopt(request, now)
+            return
+        placed = {request.decode_worker, request.prefill_worker}
         request.phase = Phase.RUNNING
-        request.slots[request.decode_store] = reply.slot
         request.cached = dict.fromkeys(request.stores, 0)
-        self._state.saw_epoch(reply.epoch, reply.attempt)
+        self._books.saw_epoch(reply.epoch, reply.attempt)
         request.epoch, request.attempt = reply.epoch, reply.attempt
         request.decode_worker = reply.decode_writer
         request.prefill_worker = reply.prefill_writer or request.prefill_worker
-        request.prefill_done = bool(reply.token_ids)
+        request.prefill_done = request.kv_arrived = bool(reply.token_ids)
+        request.slots.pop(request.prefill_store, None)
+        request.slots[request.decode_store] = reply.slot
+        self._stops.recovered(request, placed)
         self._take(request, now, reply.token_ids, reply.logprobs)
         ends = inference_pb2.FINISH_REASON_UNSPECIFIED
         if request.tokens:
@@ -135,28 +159,29 @@ class Recovery:
         if request.text.stopped or ends:
             by_itself = request.decode_worker if ends else ""  # it has committed its last token
             reason = ends or inference_pb2.FINISH_REASON_STOP
-            self._state.end(request, now, reason, finished_by=by_itself)
+            self._endings.end(request, now, reason, finished_by=by_itself)
             return
-        self._adopt(request, now)
+        if request.prefill_done or request.prefill_store == request.decode_store:
+            self._adopt(request, now)
+            return
+        request.phase = Phase.RECOVERING
+        message = store_pb2.ReadStreamRequest(request_id=request.request_id)
+        self._books.call(request.request_id, request.prefill_store, "ReadStream", message)
 
     def lost(self, request: Request, now: float) -> None:
-        """No store knows the stream: it starts again, and gives the same tokens."""
+        """No store knows the stream as it was: it starts again, and gives the same tokens."""
         if request.phase is Phase.RECOVERING:
+            self._endings.release(request, keep=False)  # prefill's store may still have it
             request.phase = Phase.WAITING
+            self._placing.place_waiting(now)
 
     def _adopt(self, request: Request, now: float) -> None:
-        """Workers that are back go on; for those that are not, others are found. A prefill towards
-        another arena that is not at work any more starts again: what it had sent is not known."""
-        remote = request.prefill_store != request.decode_store
-        prefill = self._state.workers.get(request.prefill_worker)
-        at_work = prefill and prefill.running.get(request.request_id) == request.attempt
-        if remote and not request.prefill_done and not at_work:
-            self._state.compute_again(request, now, fresh=False)
-            return
+        """Workers that are back go on; for those that are not, others are found."""
+        request.phase = Phase.RUNNING
         for worker_id in {request.decode_worker, request.prefill_worker}:
-            if worker_id in self._state.workers:
-                self._state.remind(request, worker_id)
-        self._state.ensure(request, now)
+            if worker_id in self._books.workers:
+                self._moving.remind(request, worker_id)
+        self._moving.ensure(request, now)
 
 
 def journal(requests: Iterable[Request], epoch: int) -> list[journal_pb2.JournalRecord]:

@@ -21,6 +21,29 @@ class Phase(Enum):
     DONE = auto()
 
 
+@dataclass(frozen=True)
+class Damage:
+    """KV that failed verification, until another epoch or attempt has been asked to compute it again.
+
+    `found_by`: the role that refused, and that repairs. `blocks` are damaged in `store`; tokens from
+    `resume_at` on may have been computed from them.
+    """
+
+    found_by: str
+    store: str
+    blocks: tuple[int, ...]
+    resume_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """A Reassign whose answer is not here yet; `damage` is what it asks to have repaired."""
+
+    epoch: int
+    writer: str
+    damage: Damage | None = None
+
+
 @dataclass
 class Request:
     """One accepted request. Times are in seconds on the scheduler's clock."""
@@ -39,6 +62,7 @@ class Request:
     # placement
     epoch: int = 0
     attempt: int = 0
+    opened: int = 0  # the epoch under which its pages were first leased; moves have later ones
     prefill_worker: str = ""
     decode_worker: str = ""
     prefill_store: str = ""
@@ -48,9 +72,14 @@ class Request:
     base_index: int = 0  # token index that the present prefill samples
     prefill_done: bool = False
     prefill_stopped: bool = True
+    kv_arrived: bool = False  # decode's arena has the whole prompt, and its first token
     decode_told: bool = False
-    moving: dict[str, int] = field(default_factory=dict)  # role -> epoch that has been asked for
+    moving: dict[str, Move] = field(default_factory=dict)  # role -> what has been asked for
+    moved: dict[str, bool] = field(default_factory=dict)  # store -> former prefill gone; so far
+    left: set[str] = field(default_factory=set)  # roles whose worker has refused to go on
     fresh_kv: bool = False  # the next opening must not use the prefix cache
+    damage: Damage | None = None
+    repairs: int = 0  # refusals of damaged KV so far
     # results
     tokens: list[tuple[int, float]] = field(default_factory=list)
     events: list[inference_pb2.GenerateEvent] = field(default_factory=list)
@@ -91,8 +120,29 @@ class Request:
         return self.base_index + 1 < self.sampling.max_tokens
 
     @property
+    def handing_over(self) -> bool:
+        """Whether prefill is done and its pages may still be on their way to another arena. They have
+        come when decode has added a token to the first one."""
+        remote = self.prefill_store != self.decode_store and not self.prefill_stopped
+        added = len(self.tokens) > self.base_index + 1
+        return self.prefill_done and remote and not self.kv_arrived and not added
+
+    @property
     def stores(self) -> list[str]:
         return [*dict.fromkeys([self.decode_store, self.prefill_store])]
+
+    def awaits(self, role: str, epoch: int) -> bool:
+        """Whether the move of this role to this epoch is the one under way."""
+        return role in self.moving and self.moving[role].epoch == epoch
+
+    def epoch_of(self, worker_id: str) -> int:
+        """The epoch or attempt that this worker has or is about to get; 0: none."""
+        epochs = [move.epoch for move in self.moving.values() if move.writer == worker_id]
+        if self.phase in (Phase.OPENING, Phase.RUNNING):
+            epochs += [self.epoch] * (worker_id == self.decode_worker)
+            gone = self.prefill_done and self.prefill_stopped
+            epochs += [self.attempt] * (worker_id == self.prefill_worker and not gone)
+        return max(epochs, default=0)
 
     def tell(self, what: str) -> None:
         """Adds to the request's story, which a failure carries to the client."""
@@ -106,7 +156,8 @@ class WorkerInfo:
 
     worker: cluster_pb2.Worker
     heard_at: float
-    running: dict[str, int]  # request -> epoch or attempt, as last registered
+    running: dict[str, int]  # request -> epoch or attempt, as last registered and not let go of
+    epoch: int  # the last one given out before it registered
 
     @property
     def worker_id(self) -> str:
@@ -138,8 +189,8 @@ class Send:
 
 @dataclass(frozen=True)
 class CallStore:
-    """A call to a kv-store; the answer comes back as `store_replied`. Calls of one request are made
-    in order."""
+    """A call to a kv-store; the answer comes back as `store_replied`. Calls of one request to
+    one store are made in order."""
 
     request_id: str
     store_id: str

@@ -15,9 +15,11 @@ from baton.v1 import (
     inference_pb2,
     inference_pb2_grpc,
 )
+from services.ops.errors import Forbidden
 from services.scheduler import validate
 from services.scheduler.runtime import Scheduler
 from services.wire.rpc import streaming, unary
+from services.wire.tls import caller
 
 Event = inference_pb2.GenerateEvent
 
@@ -77,6 +79,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):  # type: ignore[misc]
     @streaming
     async def Attach(self, requests: Any, context: Any) -> AsyncIterator[control_pb2.WorkerCommand]:
         first = await anext(requests)
+        _check_role(caller(context), first.register.worker.role)
         commands = self._scheduler.attach(first.register)
         worker_id = first.register.worker.worker_id
         listening = asyncio.create_task(self._listen(requests, worker_id, commands))
@@ -97,3 +100,10 @@ class ControlServicer(control_pb2_grpc.ControlServicer):  # type: ignore[misc]
         finally:
             self._scheduler.detach(worker_id, commands)
             commands.put_nowait(None)
+
+
+def _check_role(certified: str, role: int) -> None:
+    """A worker with a certificate may only be what that says. Raises Forbidden."""
+    name = cluster_pb2.Role.Name(role).removeprefix("ROLE_").lower()
+    if certified and certified != name:
+        raise Forbidden(f"certificate: a {certified} may not register as {name}")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from baton.v1 import cluster_pb2, control_pb2, inference_pb2
+from baton.v1 import cluster_pb2, control_pb2, inference_pb2, store_pb2
 from policies.placement import LeastLoaded
 from services.engine.identity import ModelIdentity
 from services.ops import log
 from services.ops.errors import InvalidRequest, LayoutMismatch
 from services.ops.failpoints import Failpoints
+from services.ops.keys import Keys
 from services.scheduler import journal, validate
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.request import CallStore, Instruction, Notify, Send, Write
@@ -29,12 +30,16 @@ _logger = log.get("scheduler")
 TICK_S = 0.02
 EPOCH_ZERO_UNIX_S = 1_700_000_000  # a lost journal must not make epochs go backwards
 JOURNAL_COMPACT_BYTES = 16 << 20
+COMPACT_S_MIN = 0.5  # between two compactions: each writes all that is known and waits for the disk
 
 
 class Scheduler:
     """One event loop's worth of scheduler. Every method runs on that loop."""
 
-    def __init__(self, config: SchedulerConfig, identity: ModelIdentity, address: str) -> None:
+    def __init__(
+        self, config: SchedulerConfig, identity: ModelIdentity, address: str,
+        keys: Keys | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.identity, self.address = config, identity, address
         self.model = config.model_name or Path(config.model).resolve().name
         self.failpoints = Failpoints(config.failpoints, config.name)
@@ -48,8 +53,9 @@ class Scheduler:
         )
         self._links: dict[str, asyncio.Queue[control_pb2.WorkerCommand | None]] = {}
         self._readers: dict[str, list[asyncio.Event]] = {}
+        self._compacted_at = 0.0
         self._journal = journal.Journal(Path(config.journal_dir), config.journal_fsync)
-        self.stores = Stores(config.stores, identity.fingerprint, self._store_replied)
+        self.stores = Stores(config.stores, identity.fingerprint, self._store_replied, keys)
         self._recover()
 
     def _recover(self) -> None:
@@ -154,7 +160,9 @@ class Scheduler:
         now = time.monotonic()
         self.run(self.state.worker_heard(now, worker_id))
         kind = event.WhichOneof("event")
-        if kind == "step":
+        if kind == "heartbeat":
+            self.state.beat(worker_id, event.heartbeat)
+        elif kind == "step":
             self.run(self.state.step_reported(now, worker_id, event.step))
         elif kind == "prefill_done":
             self.run(self.state.prefill_done(now, worker_id, event.prefill_done))
@@ -170,16 +178,41 @@ class Scheduler:
     def _store_replied(self, call: CallStore, reply: Any, code: str, message: str) -> None:
         self.run(self.state.store_replied(time.monotonic(), call, reply, code, message))
 
-    def stores_changed(self, ingest: dict[str, str]) -> None:
-        self.state.ingest = ingest
+    def stores_changed(self, ingest: dict[str, str], returned: set[str]) -> None:
+        self.run(self.state.stores_changed(ingest, returned))
+
+    async def renew(self) -> None:
+        """Keeps the leases of all streams that are open in the stores."""
+
+        def lost(store: str, streams: dict[str, int]) -> None:
+            _logger.warning(
+                "streams are not known to their store", store=store, requests=[*streams]
+            )
+            self.run(self.state.streams_lost(time.monotonic(), store, streams))
+
+        def awaited(writers: Sequence[store_pb2.Awaited]) -> None:
+            self.run(self.state.writers_awaited(writers))
+
+        await self.stores.renew(self.state.open_streams, lost, awaited)
 
     async def tick(self) -> None:
         """The clock of everything that waits for time to pass."""
         while True:
             self.run(self.state.tick(time.monotonic()))
-            if self._journal.path.stat().st_size > JOURNAL_COMPACT_BYTES:
-                self._journal.rewrite(self.state.journal())
+            self._compact(time.monotonic())
             await asyncio.sleep(TICK_S)
+
+    def _compact(self, now: float) -> None:
+        """Drops the rows of forgotten requests, as soon as these outnumber the known ones: the journal
+        stays within twice what is known, and empties when nothing is."""
+        if "journal" in self.config.unsafe:
+            return  # control: rows stay
+        outnumber = self.state.forgotten > len(self.state.requests)
+        big = self._journal.path.stat().st_size > JOURNAL_COMPACT_BYTES and self.state.forgotten
+        if (outnumber or big) and now - self._compacted_at >= COMPACT_S_MIN:
+            self._compacted_at = now
+            self._journal.rewrite(self.state.journal())
+            self.state.forgotten = 0
 
     def run(self, instructions: Iterable[Instruction]) -> None:
         """Carries out instructions: first everything is journaled, then the rest happens."""
@@ -198,6 +231,7 @@ class Scheduler:
 
     async def view(self, pid: int) -> cluster_pb2.ClusterView:
         view = self.state.cluster_view(await self.stores.pages())
+        view.requests.readers = sum(map(len, self._readers.values()))
         view.model, view.scheduler_pid, view.scheduler_address = self.model, pid, self.address
         return view
 

@@ -24,7 +24,10 @@ def refusal(request_id: str, epoch: int, error: BatonError) -> control_pb2.Worke
         request_id=request_id, epoch=epoch, code=error.code, message=error.message
     )
     if isinstance(error, CorruptKv):
-        refused.bad_blocks.append(error.block)
+        refused.bad_blocks.extend(error.blocks)
+        refused.irreparable = error.irreparable
+        if error.resume_at is not None:
+            refused.resume_at = error.resume_at
     return control_pb2.WorkerEvent(refused=refused)
 
 

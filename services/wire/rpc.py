@@ -12,12 +12,20 @@ from grpc_reflection.v1alpha import reflection
 
 from services.ops import log
 from services.ops.errors import BatonError
+from services.ops.keys import Keys
+from services.wire import tls
 
 R = TypeVar("R")
 _logger = log.get("rpc")
 
 MESSAGE_BYTES_MAX = 16 << 20
+# A partition leaves sockets open: a peer that answers no ping is gone. Whoever has dialled notices
+# within a second and dials again; the server takes its time, it only has to let go of the socket.
+PING_MS, PING_TIMEOUT_MS = 250, 550
+SERVER_PING_MS, SERVER_PING_TIMEOUT_MS = 1000, 1000
 OPTIONS = [
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.initial_reconnect_backoff_ms", 20),
@@ -26,10 +34,25 @@ OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),
 ]
+CHANNEL_OPTIONS = [
+    *OPTIONS,
+    ("grpc.keepalive_time_ms", PING_MS),
+    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+]
+SERVER_OPTIONS = [
+    *OPTIONS,
+    ("grpc.keepalive_time_ms", SERVER_PING_MS),
+    ("grpc.keepalive_timeout_ms", SERVER_PING_TIMEOUT_MS),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
+    ("grpc.http2.max_ping_strikes", 0),
+]
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, options=OPTIONS)
+def channel(address: str, keys: Keys | None, peer: str) -> grpc.aio.Channel:
+    """A channel to the server of role `peer`, which must prove that role where there are keys."""
+    on_this_host = address.startswith("unix:")  # then the kernel tells, and a pause is no death
+    options = OPTIONS if on_this_host else CHANNEL_OPTIONS
+    return tls.open_channel(grpc.aio, address, keys, peer, options)
 
 
 def status_of(error: BatonError) -> grpc.StatusCode:
@@ -70,10 +93,17 @@ def streaming(method: Callable[..., AsyncIterator[R]]) -> Callable[..., AsyncIte
 
 
 class Server:
-    """A gRPC server with health and reflection. Health says SERVING only after `ready()`."""
+    """A gRPC server with health and reflection. Health says SERVING only after `ready()`.
 
-    def __init__(self, services: dict[str, Callable[[Any], None]]) -> None:
-        self._server = grpc.aio.server(options=OPTIONS)
+    Where there are keys, only the roles in `admits` may call it.
+    """
+
+    def __init__(
+        self, services: dict[str, Callable[[Any], None]], keys: Keys | None, admits: frozenset[str]
+    ) -> None:
+        guards = [] if keys is None else [tls.RoleGuard(keys.role, admits, health.SERVICE_NAME)]
+        self._keys = keys
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=guards)
         self._names = list(services)
         for register in services.values():
             register(self._server)
@@ -84,7 +114,7 @@ class Server:
 
     async def start(self, listen: str) -> str:
         """Binds and starts; gives the bound address, port 0 resolved."""
-        port = self._server.add_insecure_port(listen)
+        port = tls.listen(self._server, listen, self._keys)
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         if listen.startswith("unix:"):

@@ -1,27 +1,46 @@
 """The KV stream: the one place where its messages are defined. `[header, frame, ...]`, never pickle.
 
-    ANNOUNCE  prefill or store -> decode   tokens of a layer group are complete in the arena
-    PAGES     prefill -> remote store      whole pages of one layer group, with their row checksums
-    FIRST     prefill -> remote store      the first token
-    ACK       store -> prefill             the message `sequence` has been stored
+    HELLO     peer -> store      version, layout, fingerprint and codec: the first of a connection
+    WELCOME   store -> peer      how many bytes may be on their way unacknowledged
+    REFUSED   store -> peer      a code and words: why a message has not been taken
+    OPEN      prefill -> store   how far has this transfer come?
+    STATUS    store -> prefill   frame: uint32[groups], tokens complete in each layer group
+    PAGES     prefill -> store   frames: row checksums uint32[blocks, 64], then runs of whole pages
+    FIRST     prefill -> store   the first token
+    OFFER     prefill -> store   pages that the store may fetch out of the arena of prefill's store
+    ACK       store -> prefill   PAGES, FIRST or OFFER has been stored
+    FETCH     store -> store     asks for pages of an open stream, or of a loan
+    CONTENT   store -> store     frames as those of PAGES
+    LOOKUP    store -> store     frame: block keys. Lends the leading blocks that are cached
+    LOAN      store -> store     which blocks are lent, and under what number
+    RETURN    store -> store     a loan is not needed any more
+    ANNOUNCE  anyone -> decode   tokens of a layer group are complete in the arena
 
+Every header carries a checksum of itself: a flipped byte in it never becomes another slot or token.
 An announcement carries no state: the words in the arena do, and whoever misses one looks within 50 ms.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
-import zmq
-
-from services.ops.errors import LayoutMismatch
+from services._native import crc32c
+from services.ops.errors import CorruptKv, LayoutMismatch
 
 MAGIC = 0x3153564B  # "KVS1"
-VERSION = 1
+VERSION = 2
+CODEC = "raw"
 FRAME_BYTES_MAX = 1 << 20  # runs are coalesced up to this: the best frame size measured
+TEXT_BYTES_MAX = 1024
+
+# What every version begins with, checksum included, so that another version can be told from damage
+# and named; the rest is this version's.
+_PREFIX = struct.Struct("<IHHIQQ")  # magic, version, kind, checksum, session, sequence
+_CHECKSUM_AT = 8
 
 
 class Kind(IntEnum):
@@ -29,61 +48,258 @@ class Kind(IntEnum):
     PAGES = 2
     FIRST = 3
     ACK = 4
+    HELLO = 5
+    WELCOME = 6
+    REFUSED = 7
+    OPEN = 8
+    STATUS = 9
+    OFFER = 10
+    FETCH = 11
+    CONTENT = 12
+    LOOKUP = 13
+    LOAN = 14
+    RETURN = 15
 
 
-_FORMAT = struct.Struct("<IHHQIIIIIIIif16s16s64s")
+class Code(IntEnum):
+    """Why a message was refused; the first three end a transfer, the others have a way on."""
+
+    LAYOUT = 1  # another version, layout, model or codec, or outside what is open
+    STALE = 2  # fenced by a later attempt
+    UNAVAILABLE = 3  # something that the receiver needs does not answer
+    HELLO = 4  # the receiver does not know this session: introduce yourself, begin again
+    GAP = 5  # what came before is missing: go on from `tokens` of `group`
+    CORRUPT = 6  # checksums differ: send again from `tokens` of `group`
+    BUSY = 7  # no window is left to be granted: say hello again after a while
 
 
-@dataclass(frozen=True)
-class StreamHeader:
-    """The first frame of every message. Token counts are absolute positions of the stream."""
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """A header. `sequence` is the sender's; an answer names the `session` and sequence it answers."""
 
-    kind: Kind
-    sequence: int = 0  # of the sender's message, for ACK
-    slot: int = 0  # of the record in the receiver's arena
-    attempt: int = 0
+    kind: ClassVar[Kind]
+    numbers: ClassVar[struct.Struct] = struct.Struct("<")
+
+    session: int = 0
+    sequence: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello(Message):
+    """`client` names who connects, over all its connections one after the other."""
+
+    kind = Kind.HELLO
+    numbers = struct.Struct("<16s16s")
+    fingerprint: bytes
+    client: bytes = bytes(16)
+    layout: str
+    codec: str = CODEC
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcome(Message):
+    kind = Kind.WELCOME
+    numbers = struct.Struct("<Q")
+    window_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused(Message):
+    kind = Kind.REFUSED
+    numbers = struct.Struct("<IIII")
+    code: int
     group: int = 0
-    from_tokens: int = 0
-    tokens: int = 0  # complete up to here
-    first_block: int = 0
-    blocks: int = 0
-    token: int = 0
-    logprob: float = 0.0
-    fingerprint: bytes = b""  # 16 bytes; a peer of another layout, model or codec is refused
-    source: bytes = b""  # 16 bytes: the sending worker
+    tokens: int = 0
+    block: int = 0  # of the sequence: whose checksums differ
+    words: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open(Message):
+    kind = Kind.OPEN
+    numbers = struct.Struct("<II")
+    slot: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status(Message):
+    kind = Kind.STATUS
+    numbers = struct.Struct("<III")
+    slot: int
+    attempt: int
+    first: int  # 1: the first token is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages(Message):
+    """Blocks [first_block, first_block + blocks) of the stream; `tokens` are complete with them."""
+
+    kind = Kind.PAGES
+    numbers = struct.Struct("<IIIIII")
+    slot: int
+    attempt: int
+    group: int
+    tokens: int
+    first_block: int
+    blocks: int
     announce: str = ""  # whom to wake when the pages are in
 
-    def pack(self) -> bytes:
-        assert len(self.fingerprint) in (0, 16), "fingerprint: 16 bytes"
-        assert len(self.source) in (0, 16), "source: 16 bytes"
-        assert len(self.announce.encode()) <= 64, "announce: an address of at most 64 bytes"
-        return _FORMAT.pack(
-            MAGIC, VERSION, self.kind, self.sequence, self.slot, self.attempt, self.group,
-            self.from_tokens, self.tokens, self.first_block, self.blocks, self.token, self.logprob,
-            self.fingerprint, self.source, self.announce.encode(),
-        )  # fmt: skip
 
-    @classmethod
-    def unpack(cls, data: bytes) -> StreamHeader:
-        """Raises LayoutMismatch on anything that is not a header of this version."""
-        if len(data) != _FORMAT.size:
-            raise LayoutMismatch(f"stream header: {len(data)} bytes, expected {_FORMAT.size}")
-        magic, version, kind, *rest = _FORMAT.unpack(data)
-        if magic != MAGIC or version != VERSION:
-            raise LayoutMismatch(f"stream header: magic {magic:#x} version {version}")
-        if kind not in Kind._value2member_map_:
-            raise LayoutMismatch(f"stream header: unknown kind {kind}")
-        *values, announce = rest
-        try:
-            address = announce.rstrip(b"\0").decode()
-        except UnicodeDecodeError:
-            raise LayoutMismatch("stream header: announce is not text") from None
-        fields = [Kind(kind), *values, address]
-        return cls(*fields)
+@dataclass(frozen=True, kw_only=True)
+class First(Message):
+    kind = Kind.FIRST
+    numbers = struct.Struct("<IIif")
+    slot: int
+    attempt: int
+    token: int
+    logprob: float
+    announce: str = ""
 
 
-def bound_address(socket: zmq.Socket[Any], advertise: str) -> str:
-    """Where a bound socket can be reached: `advertise` if given, else the address it got."""
-    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
-    assert isinstance(endpoint, bytes)
-    return advertise or endpoint.rstrip(b"\0").decode()
+@dataclass(frozen=True, kw_only=True)
+class Offer(Message):
+    """`tokens` of `group` are complete in the stream that the store at `source` has in
+    `source_slot`."""
+
+    kind = Kind.OFFER
+    numbers = struct.Struct("<IIIIII")
+    slot: int
+    attempt: int
+    group: int
+    tokens: int
+    source_slot: int
+    source_attempt: int
+    source: str = ""
+    announce: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ack(Message):
+    kind = Kind.ACK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch(Message):
+    """Of a loan if `loan` is not 0, else of the stream in `slot`, as far as it is complete."""
+
+    kind = Kind.FETCH
+    numbers = struct.Struct("<QIIIIII")
+    loan: int = 0
+    slot: int = 0
+    attempt: int = 0
+    group: int
+    tokens: int = 0
+    first_block: int
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content(Message):
+    """`checksum`: CRC32C over all frames, for pages whose tokens the receiver does not know."""
+
+    kind = Kind.CONTENT
+    numbers = struct.Struct("<IIII")
+    group: int
+    first_block: int
+    blocks: int
+    checksum: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookup(Message):
+    kind = Kind.LOOKUP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loan(Message):
+    kind = Kind.LOAN
+    numbers = struct.Struct("<QI")
+    loan: int
+    blocks: int  # how many leading keys were found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Return(Message):
+    kind = Kind.RETURN
+    numbers = struct.Struct("<Q")
+    loan: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announce(Message):
+    kind = Kind.ANNOUNCE
+    numbers = struct.Struct("<IIII16s")
+    slot: int
+    attempt: int
+    group: int
+    tokens: int
+    fingerprint: bytes
+
+
+MESSAGES: tuple[type[Message], ...] = (
+    Hello, Welcome, Refused, Open, Status, Pages, First, Offer, Ack, Fetch, Content, Lookup, Loan,
+    Return, Announce,
+)  # fmt: skip
+_BY_KIND = {message.kind: message for message in MESSAGES}
+_OWN_FIELDS = {
+    message: [f for f in dataclasses.fields(message) if f.name not in ("session", "sequence")]
+    for message in MESSAGES
+}
+_NUMBERS = {m: [f.name for f in own if f.type != "str"] for m, own in _OWN_FIELDS.items()}
+_TEXTS = {m: [f.name for f in own if f.type == "str"] for m, own in _OWN_FIELDS.items()}
+
+
+def pack(message: Message) -> bytes:
+    """The header frame: prefix, numbers, texts with a zero byte between them."""
+    kind = type(message)
+    texts = "\0".join(getattr(message, name) for name in _TEXTS[kind]).encode()
+    assert len(texts) <= TEXT_BYTES_MAX, "texts: at most 1024 bytes"
+    assert texts.count(b"\0") == max(0, len(_TEXTS[kind]) - 1), "texts: no zero bytes"
+    values = [getattr(message, name) for name in _NUMBERS[kind]]
+    assert all(len(v) == 16 for v in values if isinstance(v, bytes)), "16 bytes each"
+    body = message.numbers.pack(*values) + texts
+    ids = (message.session, message.sequence)
+    head = _PREFIX.pack(MAGIC, VERSION, message.kind, 0, *ids)
+    checksum = crc32c(head + body)
+    return _PREFIX.pack(MAGIC, VERSION, message.kind, checksum, *ids) + body
+
+
+def ids(data: bytes | memoryview) -> tuple[int, int]:
+    """(session, sequence) as far as anything can be made out, to answer what `unpack` refused."""
+    if len(data) < _PREFIX.size:
+        return 0, 0
+    return _PREFIX.unpack_from(data)[4:]  # type: ignore[return-value]
+
+
+def unpack(data: bytes | memoryview) -> Message:
+    """Raises CorruptKv on anything damaged, LayoutMismatch on an intact header of another version."""
+    data = bytes(data)
+    if not _PREFIX.size <= len(data) <= _PREFIX.size + TEXT_BYTES_MAX + 64:
+        raise CorruptKv(f"stream header: {len(data)} bytes")
+    magic, version, number, checksum, session, sequence = _PREFIX.unpack_from(data)
+    zeroed = data[:_CHECKSUM_AT] + bytes(4) + data[_CHECKSUM_AT + 4 :]
+    if magic != MAGIC or crc32c(zeroed) != checksum:
+        raise CorruptKv(f"stream header: magic {magic:#x} version {version}: checksum differs")
+    if version != VERSION:
+        raise LayoutMismatch(f"version: the peer speaks {version}, this process {VERSION}")
+    if number not in Kind._value2member_map_:
+        raise LayoutMismatch(f"stream header: unknown kind {number}")
+    kind = _BY_KIND[Kind(number)]
+    return _body(kind, data, {"session": session, "sequence": sequence})
+
+
+def _body(kind: type[Message], data: bytes, fields: dict[str, Any]) -> Message:
+    end = _PREFIX.size + kind.numbers.size
+    if len(data) < end or (len(data) > end and not _TEXTS[kind]):
+        raise LayoutMismatch(f"stream header: {len(data)} bytes of {kind.kind.name}")
+    fields |= zip(_NUMBERS[kind], kind.numbers.unpack_from(data, _PREFIX.size), strict=True)
+    try:
+        texts = data[end:].decode().split("\0")
+    except UnicodeDecodeError:
+        raise LayoutMismatch(f"stream header: a text of {kind.kind.name} is none") from None
+    if _TEXTS[kind]:
+        if len(texts) != len(_TEXTS[kind]):
+            raise LayoutMismatch(f"stream header: {len(texts)} texts of {kind.kind.name}")
+        fields |= zip(_TEXTS[kind], texts, strict=True)
+    return kind(**fields)

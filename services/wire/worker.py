@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from baton.v1 import cluster_pb2, control_pb2
 from services.kv.worker import ArenaHold
 from services.ops import lifecycle
+from services.ops.keys import Keys
 from services.wire.link import SchedulerLink
 
 
@@ -18,6 +20,8 @@ class WorkerConfig(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def host(self) -> str: ...
     @property
     def model(self) -> str: ...
     @property
@@ -42,7 +46,7 @@ def registration(
             state=cluster_pb2.WORKER_STATE_READY, address=address, pid=os.getpid(),
             cores=sorted(os.sched_getaffinity(0)), device=config.device,
             running_requests=[stream.request_id for stream in running],
-            store_id=hold.arena.plan.store_id,
+            store_id=hold.arena.plan.store_id, host=config.host or socket.gethostname(),
         ),
         model=config.model, fingerprint=hold.arena.plan.fingerprint, running=running,
     )  # fmt: skip
@@ -54,12 +58,20 @@ async def attached(
     register: Callable[[], control_pb2.Register],
     on_command: Callable[[control_pb2.WorkerCommand], None],
     *,
+    keys: Keys | None,
     link_ready: Callable[[SchedulerLink], None],
+    streams: Callable[[], int],
     others: Iterable[asyncio.Task[None]] = (),
 ) -> None:
     """Runs the scheduler link until the process is told to stop."""
     link = SchedulerLink(
-        config.scheduler, config.heartbeat_ms / 1000, register, on_command, config.name
+        config.scheduler,
+        config.heartbeat_ms / 1000,
+        register,
+        on_command,
+        config.name,
+        streams,
+        keys,
     )
     link_ready(link)
     tasks = [asyncio.create_task(link.run()), *others]

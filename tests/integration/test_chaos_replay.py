@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from baton import chaos
-from baton.chaos.plan import draw, read_corpus
+from baton.chaos.asks import read_corpus
+from baton.chaos.plan import draw
 from baton.chaos.report import total
 from baton.chaos.scenario import Scenario
 from baton.chaos.session import Session, Settings

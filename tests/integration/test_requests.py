@@ -237,12 +237,12 @@ def test_the_deadline_is_honoured(client: Client, stub: inference_pb2_grpc.Infer
 
 
 def test_an_arena_too_small_for_a_request_says_so(start_cluster: StartCluster) -> None:
-    """What can never fit fails with RESOURCE_EXHAUSTED; what fits next to it waits its turn."""
+    """What can never fit is refused; what fits next to it waits its turn."""
     small = start_cluster(decode=1, arena_bytes=6 << 20)
     with Client(small.address) as client:
         *_, last = client.generate([5] * 2000, max_tokens=40, ignore_eos=True)
-        assert last.failed.code == "RESOURCE_EXHAUSTED"
-        assert last.failed.retryable
+        assert last.failed.code == "OUT_OF_RANGE"
+        assert not last.failed.retryable
         assert last.failed.story
         streams = [
             client.generate([5 + i] * 300, max_tokens=200, ignore_eos=True) for i in range(6)

@@ -10,6 +10,7 @@ import pytest
 from baton.client import Client
 from baton.handle import SupervisorHandle
 from services.engine.reference import Reference
+from tests.integration.conftest import StartCluster
 from tests.support.requests import SAMPLED, Ask, tokens_of, varied
 
 pytestmark = pytest.mark.processes
@@ -49,10 +50,29 @@ def test_prefix_hit(cluster: SupervisorHandle, reference: Reference) -> None:
         events = list(client.generate(list(longer.prompt), max_tokens=30, ignore_eos=True))
         after = client.view().requests
     usage = events[-1].finished.usage
-    shared = cluster.spec.medium == "shm"  # else prefill's arena lacks what decode has written
-    assert usage.cached_tokens == (320 if shared else 256)  # of 362, in whole blocks
+    assert usage.cached_tokens == 320  # of 362, in whole blocks
     computed = after.prompt_tokens_computed - before.prompt_tokens_computed
     assert computed == 362 - usage.cached_tokens
+    assert [e.token.token_id for e in events[:-1]] == longer.expected(reference)
+
+
+@pytest.mark.parametrize(
+    ("option", "cached"), [("prefill:--transfer=pull", 320), ("scheduler:--peer-fetch=0", 256)]
+)
+def test_pages_travel_in_other_ways(
+    start_cluster: StartCluster, reference: Reference, option: str, cached: int
+) -> None:
+    """Fetched by decode's store instead of pushed: the same tokens. Without fetching between stores
+    (the control) a second turn computes again what decode has written elsewhere."""
+    cluster = start_cluster(medium="zmq", decode=1, extra=(option,))
+    prompt = tuple(tokens_of(reference, 5, 300))
+    first = Ask(prompt, 100)
+    with Client(cluster.address) as client:
+        produced = first.stream(client)
+        assert produced == first.expected(reference)
+        longer = Ask((*prompt, *produced[:60], 5, 9), 30)
+        events = list(client.generate(list(longer.prompt), max_tokens=30, ignore_eos=True))
+    assert events[-1].finished.usage.cached_tokens == cached
     assert [e.token.token_id for e in events[:-1]] == longer.expected(reference)
 
 

@@ -16,19 +16,35 @@ from services.engine.backend import Backend, PageSource, Rows
 from services.engine.checkpoint import WeightView
 from services.engine.model import ModelConfig
 from services.engine.native_backend import NativeBackend
+from services.engine.torch_device import ACCELERATOR_TILE_ROWS
 from services.kv.layout import KvLayout, blocks_for
+from services.ops.errors import ConfigError
 from tests.support.models import MemoryPages
 
 BackendFactory = Callable[[ModelConfig, Mapping[str, WeightView], PageSource], Backend]
 
 
-def _torch(config: ModelConfig, weights: Mapping[str, WeightView], pages: PageSource) -> Backend:
-    import torch
+def _torch(device: str = "cpu", tile: int = 0) -> BackendFactory:
+    def make(config: ModelConfig, weights: Mapping[str, WeightView], pages: PageSource) -> Backend:
+        import torch
 
-    from services.engine.torch_backend import TorchBackend
+        from services.engine.torch_backend import TorchBackend
 
-    torch.set_num_threads(1)
-    return TorchBackend(config, weights, pages)
+        torch.set_num_threads(1)
+        return TorchBackend(config, weights, pages, device=device, tile=tile)
+
+    return make
+
+
+def has_device(device: str) -> bool:
+    """Whether torch can use an accelerator of this kind here."""
+    from services.engine.torch_device import parse_device
+
+    try:
+        parse_device(device)
+    except ConfigError:
+        return False
+    return True
 
 
 def _native(level: str) -> BackendFactory:
@@ -47,7 +63,9 @@ def _levels() -> list[str]:
 
 
 BACKENDS: dict[str, BackendFactory] = {
-    "torch": _torch,
+    "torch": _torch(),
+    "torch-wide": _torch(tile=ACCELERATOR_TILE_ROWS),
+    "torch-cuda": _torch("cuda"),
     **{f"native-{level}": _native(level) for level in _levels()},
 }
 

@@ -54,7 +54,9 @@ class FakeCluster:
     journal: list[journal_pb2.JournalRecord] = field(default_factory=list)
     calls: dict[str, deque[CallStore]] = field(default_factory=dict)
     answers: dict[str, tuple[CallStore, Any, str, str]] = field(default_factory=dict)
-    corrupt: set[str] = field(default_factory=set)
+    corrupt: set[str] = field(default_factory=set)  # requests whose next decode step finds damage
+    corrupt_prompts: set[str] = field(default_factory=set)  # the same for prefill
+    irreparable: bool = False  # whether its proof fails
     sent: list[Instruction] = field(default_factory=list)  # all that this scheduler has said
     said: dict[str, list[inference_pb2.GenerateEvent]] = field(default_factory=dict)
     finals: dict[str, inference_pb2.GenerateEvent] = field(default_factory=dict)

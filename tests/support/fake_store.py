@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from baton.v1 import store_pb2
-from services.ops.errors import Overloaded, RequestConflict, StaleEpoch, UnknownRequest
+from services.ops.errors import NeverFits, Overloaded, RequestConflict, StaleEpoch, UnknownRequest
 
 if TYPE_CHECKING:
     from tests.support.fake_cluster import FakeCluster
@@ -37,6 +37,7 @@ class FakeStore:
     store_id: str
     slots: int
     cluster: FakeCluster
+    full: bool = False  # for now
     streams: dict[str, Record] = field(default_factory=dict)
     quarantine: set[tuple[str, str, int]] = field(default_factory=set)
     published: set[str] = field(default_factory=set)
@@ -61,7 +62,9 @@ class FakeStore:
         known = self.streams.get(request.request_id)
         if known is None:
             free = set(range(self.slots)) - {record.slot for record in self.streams.values()}
-            if not free:
+            if not self.slots:
+                raise NeverFits("arena: there is no room at all")
+            if not free or self.full:
                 raise Overloaded("arena: no room")
             known = self.streams[request.request_id] = Record(
                 request, min(free), request.epoch, request.attempt, request.prefill_writer,
@@ -113,17 +116,26 @@ class FakeStore:
     def Release(self, request: store_pb2.ReleaseRequest) -> store_pb2.ReleaseResponse:
         record = self.streams.get(request.request_id)
         if record is None:
-            return store_pb2.ReleaseResponse(found=False)
+            return store_pb2.ReleaseResponse(
+                found=False, waiting_for=self._waiting_for(request.request_id)
+            )
         present = {(record.prefill_writer, record.attempt), (record.decode_writer, record.epoch)}
-        live = {pair for pair in present if pair[0] in request.live_writers} | record.fenced
+        said = {*request.live_writers}
+        if request.writers_unknown:
+            said = {record.prefill_writer, record.decode_writer}
+        live = {pair for pair in present if pair[0] in said} | record.fenced
         for worker in self.cluster.workers.values():
             if worker.writes(record):
-                said = any(worker.id == writer for writer, _ in live)
-                assert said, f"{worker.name} is at work on {record.request_id}: not said"
+                known = any(worker.id == writer for writer, _ in live)
+                assert known, f"{worker.name} is at work on {record.request_id}: not said"
         del self.streams[record.request_id]
         for writer, epoch in live:
             self._wait_for(record.request_id, writer, epoch)
-        return store_pb2.ReleaseResponse(found=True)
+        waiting = self._waiting_for(request.request_id)
+        return store_pb2.ReleaseResponse(found=True, waiting_for=waiting)
+
+    def _waiting_for(self, request_id: str) -> list[str]:
+        return sorted({writer for name, writer, _ in self.quarantine if name == request_id})
 
     def Retire(self, request: store_pb2.RetireRequest) -> store_pb2.RetireResponse:
         """What the writer got under epochs after `epoch` is not meant."""

@@ -156,6 +156,8 @@ class FakeWorker:
             refused=control_pb2.Refused(
                 request_id=request_id, epoch=epoch, code=code, message="refused",
                 bad_blocks=[0] if code == "DATA_LOSS" else [],
+                irreparable=code == "DATA_LOSS" and self.cluster.irreparable,
+                resume_at=2 if code == "DATA_LOSS" and self.role == PREFILL else None,
             )
         )  # fmt: skip
 
@@ -173,11 +175,14 @@ class FakeWorker:
         """Compute and sample; at the next call the transfer is over and the job done."""
         record = self.store.at(job.slot)
         owned = record is not None and record.attempt == job.epoch
-        if not job.stopped and not job.sampled and owned:
+        if not job.stopped and owned and job.request_id in self.cluster.corrupt_prompts:
+            self.cluster.corrupt_prompts.discard(job.request_id)
+            self._refuse(job.request_id, job.epoch, "DATA_LOSS")
+        elif not job.stopped and not job.sampled and owned:
             assert record is not None
             self._sample(job, record)
             return
-        if not job.stopped and not job.sampled:
+        elif not job.stopped and not job.sampled:
             self._refuse(job.request_id, job.epoch, "FAILED_PRECONDITION")
         elif not job.stopped and job.command.ingest_address and not self._arrived(job):
             self._refuse(job.request_id, job.epoch, "UNAVAILABLE")

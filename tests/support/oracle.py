@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from services.engine.checkpoint import WeightView
 from services.engine.model import ModelConfig
-from tests.support.backends import BACKENDS
+from tests.support.backends import BACKENDS, has_device
 from tests.support.models import TINY_MODELS, reference_logits
 
 PROMPT_TOKENS = 150
@@ -19,7 +19,10 @@ CHUNKS = {"chunks-64": (64, 64, 22), "chunks-128": (128, 22), "whole": (150,)}
 
 Loaded = tuple[ModelConfig, Mapping[str, WeightView]]
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+no_cuda = pytest.mark.skipif(not has_device("cuda"), reason="torch has no CUDA device here")
+every_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(n, marks=no_cuda if n == "torch-cuda" else ()) for n in BACKENDS]
+)
 every_model = pytest.mark.parametrize("name", TINY_MODELS)
 
 

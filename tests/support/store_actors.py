@@ -4,6 +4,8 @@ that their text gives. All requests of one family have the same endless text."""
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -66,10 +68,13 @@ def places() -> dict[bytes, tuple[int, int]]:
     }
 
 
-def new_store(directory: Path, arena_bytes: int = 1 << 20) -> KvStore:
+def new_store(
+    directory: Path, arena_bytes: int = 1 << 20, clock: Callable[[], float] = time.monotonic,
+    one_class: bool = True,
+) -> KvStore:  # fmt: skip
     """Goes on with the arena in `directory`, if there is one."""
     config = KvStoreConfig(arena_dir=str(directory), arena_bytes=arena_bytes, streams_max=4)
-    return KvStore(config, identity())
+    return KvStore(config, replace(identity(), one_class=one_class), clock)
 
 
 def end_store(store: KvStore) -> None:
@@ -164,7 +169,7 @@ class Decoding:
     def attach(self) -> bool:
         """False while prefill has not finished. Raises StaleEpoch, CorruptKv."""
         if not self.attached and self.stream.poll():
-            self.stream.attach()
+            self.stream.attach(None)
             self.attached = True
         return self.attached
 
@@ -173,7 +178,8 @@ class Decoding:
         stream, position = self.stream, self.stream.position
         seeds = text(self.family).seeds[position : position + 1]
         block = int(stream.table[position // PAGE_TOKENS, 0])
-        stream.identity.extend(np.array([stream.next_token], np.int32))
+        if stream.identity.length == position:  # not, when it has been here before and was fenced
+            stream.identity.extend(np.array([stream.next_token], np.int32))
         assert stream.identity.seeds[position] == seeds[0], "another token than the text's"
         for group in GROUPS:
             arenas.write_rows(stream.arena, block, group, seeds, position % PAGE_TOKENS)

@@ -18,6 +18,7 @@ class StoreWalk:
 
     world: StoreWorld
     restarts: bool = True
+    tiers_and_time: bool = True
     story: list[str] = field(default_factory=list)
 
     def step(self, choose: Choose) -> None:
@@ -38,7 +39,7 @@ class StoreWalk:
     def acts(self) -> list[Any]:
         world = self.world
         acts: list[Any] = [self.restart] * self.restarts
-        if len(world.asked) < 3:
+        if len(world.asked) + len(world.opening) < 3:
             acts += [self.open] * 2
         if world.asked:
             acts += [self.compute, self.decode] * 3
@@ -47,6 +48,11 @@ class StoreWalk:
             acts += [self.dies]
         if world.zombies():
             acts += [self.stops] + [self.wakes] * 2
+        if self.tiers_and_time:
+            acts += [self.passes, self.renew, self.pin, self.unpin]
+        if world.tiers:
+            acts += [self.write_back, self.evict]
+            acts += [self.disk_works] * (4 if world.tiers.threads.jobs else 0)
         return acts
 
     def _one(self, choose: Choose) -> str:
@@ -54,7 +60,40 @@ class StoreWalk:
 
     def open(self, choose: Choose) -> None:
         prompt, new = choose([1, 64, 65, 100, 128, 190]), choose([0, 1, 2, 40, 100])
-        self.world.open(choose(FAMILIES), prompt, new, choose(["p0", "p1"]), choose(["d0", "d1"]))
+        open_now = self.world.begin_open if self.world.tiers else self.world.open
+        open_now(choose(FAMILIES), prompt, new, choose(["p0", "p1"]), choose(["d0", "d1"]))
+
+    def evict(self, choose: Choose) -> None:
+        """Somebody needed the room, for a moment."""
+        blocks = self.world.store.begin_fill(choose([2, 100]), [])
+        self.world.store.end_fill([], blocks, [])
+
+    def passes(self, choose: Choose) -> None:
+        """Mostly the scheduler renews in time; sometimes it is away, or the store is stopped."""
+        seconds = choose([0.5, 2.0, 4.0, 11.0, -300.0])
+        if seconds < 0:
+            self.world.stands_still(-seconds)
+        else:
+            self.world.passes(seconds)
+
+    def renew(self, choose: Choose) -> None:
+        self.world.renew()
+
+    def pin(self, choose: Choose) -> None:
+        self.world.pin(choose(["a", "b"]), choose(FAMILIES), choose([1, 2]))
+
+    def unpin(self, choose: Choose) -> None:
+        self.world.unpin(choose(["a", "b"]))
+
+    def write_back(self, choose: Choose) -> None:
+        assert self.world.tiers
+        self.world.tiers.write_back()
+
+    def disk_works(self, choose: Choose) -> None:
+        """One of its jobs: until now whatever else could happen has happened."""
+        assert self.world.tiers
+        self.world.tiers.work()
+        self.world.arrive()
 
     def compute(self, choose: Choose) -> None:
         self.world.compute(self._one(choose), choose([64, 128, 190, 191]))

@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.chaos import report
+from baton.chaos import full_disk, report
+from baton.chaos.corrupt import WHERE
+from baton.chaos.failures import ROWS, row_of, schedule_rows
 from baton.chaos.judge import LENGTH, PromptWork, Verdict, judge_stream, recomputed, stall_s
 from baton.chaos.plan import PLANS, draw, schedule
 from baton.chaos.report import Result, percentile
 from baton.chaos.scenario import Ask, Crash, Scenario
+from baton.chaos.setups import SETUPS
 
 EXPECTED = [11, 22, 33, 44]
 WHOLE = list(enumerate(EXPECTED))
@@ -30,7 +33,7 @@ def test_an_undisturbed_stream_is_clean() -> None:
 def test_a_lost_token_is_seen(missing: int) -> None:
     """An index that never came is lost, wherever it is, and whatever came after it."""
     seen = [pair for pair in WHOLE if pair[0] != missing]
-    assert judge_stream(seen, [LENGTH], EXPECTED) == Verdict(lost=1)
+    assert judge_stream(seen, [LENGTH], EXPECTED) == Verdict(lost=1, wrong_answers=1)
 
 
 @pytest.mark.parametrize("again", range(4))
@@ -43,12 +46,14 @@ def test_a_duplicate_is_seen(again: int) -> None:
 def test_a_mismatch_is_seen() -> None:
     """A token that the undisturbed run has not got at that index."""
     seen = [*WHOLE[:2], (2, 99), WHOLE[3]]
-    assert judge_stream(seen, [LENGTH], EXPECTED) == Verdict(mismatched=1)
+    assert judge_stream(seen, [LENGTH], EXPECTED) == Verdict(mismatched=1, wrong_answers=1)
 
 
 def test_a_token_too_many_is_a_mismatch() -> None:
     """An index beyond the undisturbed run's end."""
-    assert judge_stream([*WHOLE, (4, 55)], [LENGTH], EXPECTED) == Verdict(mismatched=1)
+    assert judge_stream([*WHOLE, (4, 55)], [LENGTH], EXPECTED) == Verdict(
+        mismatched=1, wrong_answers=1
+    )
 
 
 def test_a_late_index_is_seen() -> None:
@@ -81,6 +86,8 @@ def test_events_add_up(indexes: list[int]) -> None:
         (PromptWork(100, 0, 8, due=100), 8),
         (PromptWork(109, 0, 0, due=100), 9),
         (PromptWork(60, 0, 0, due=100), 0),
+        (PromptWork(60, 0, 0, due=100, done_by_the_dead=40), 0),
+        (PromptWork(60, 0, 0, due=100, done_by_the_dead=64), 24),
     ],
 )
 def test_recomputation_is_seen_by_any_account(work: PromptWork, count: int) -> None:
@@ -94,6 +101,18 @@ def test_a_stall_is_the_longest_pause_that_ends_after_the_crash() -> None:
     assert stall_s([0.0, 0.1], crash_at=0.2) is None
     assert stall_s([0.3, 0.9], crash_at=0.2) is None
     assert stall_s([], crash_at=0.2) is None
+
+
+def test_a_stream_without_a_token_pauses_from_the_crash_on() -> None:
+    """Where the first token itself was held up, its wait counts."""
+    assert stall_s([0.5, 0.6], 0.2, first_too=True) == pytest.approx(0.3)
+    assert stall_s([0.1, 0.6], 0.2, first_too=True) == pytest.approx(0.5)
+
+
+def test_a_wrong_answer_is_one_that_ended_well() -> None:
+    """Tokens that differ in a stream that broke off are mismatched; only a whole answer is wrong."""
+    assert judge_stream([(0, 99)], ["INTERNAL"], EXPECTED).wrong_answers == 0
+    assert judge_stream(WHOLE, [LENGTH], [*EXPECTED[:3], 99]).wrong_answers == 1
 
 
 def test_percentiles_are_values_that_occurred() -> None:
@@ -173,6 +192,22 @@ def test_token_scenarios_reach_page_edges(number: int) -> None:
     assert all(ask.max_tokens > number for ask in scenario.requests)
 
 
+def test_every_row_is_performed_as_often_as_asked() -> None:
+    """And each of its scenarios in turn, so that many seeds perform them all."""
+    order = schedule_rows(tuple(ROWS), 20, 5)
+    assert order == schedule_rows(tuple(ROWS), 20, 5)
+    assert {name: [row_of(s) for s in order].count(name) for name in ROWS} == dict.fromkeys(
+        ROWS, 20
+    )
+    assert set(order) == {name for row in ROWS.values() for name in row.scenarios}
+
+
+def test_every_plan_stands_for_a_row() -> None:
+    """A scenario that can be drawn is in the table, and its cluster is known."""
+    assert {row_of(name) for name in [*PLANS, *WHERE, full_disk.ROW]} == set(ROWS)
+    assert {draw(name, 1, 0, CORPUS).setup for name in PLANS} <= set(SETUPS)
+
+
 def test_a_schedule_holds_every_name_and_fills_with_random_moments() -> None:
     """And depends on nothing but the seed."""
     names = ["random", "takeover", "mid-layer"]
@@ -189,6 +224,9 @@ def test_a_schedule_holds_every_name_and_fills_with_random_moments() -> None:
         ({"trigger": "placed", "victim": "me"}, "victim"),
         ({"trigger": "placed", "point": "decode.attached"}, "point"),
         ({"trigger": "failpoint"}, "point"),
+        ({"trigger": "placed", "signal": "CUT"}, "signal"),
+        ({"trigger": "placed", "victim": "link"}, "signal"),
+        ({"trigger": "placed", "victim": "link", "signal": "CUT"}, "pause_ms"),
     ],
 )
 def test_a_crash_that_makes_no_sense_names_its_field(crash: dict[str, str], field: str) -> None:

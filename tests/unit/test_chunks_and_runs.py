@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.prefill.handoff import runs
+from services.kv.runs import runs
 from services.prefill.state import Chunk, chunks
 
 

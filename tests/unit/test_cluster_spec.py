@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -115,6 +116,13 @@ def test_extra_options_go_to_a_role_or_to_one_process() -> None:
     assert (second.batch_max, second.heartbeat_ms) == (3, 50)
 
 
+def test_keys_are_for_every_process_or_for_none() -> None:
+    """A relative directory is made absolute: a process need not run where the supervisor does."""
+    assert {c.keys_dir for c in parsed(SPEC).values()} == {""}  # type: ignore[attr-defined]
+    keyed = parsed(replace(SPEC, keys_dir="keys"))
+    assert {c.keys_dir for c in keyed.values()} == {os.path.abspath("keys")}  # type: ignore[attr-defined]
+
+
 def test_the_caller_s_environment_does_not_configure_the_children() -> None:
     """What the command line leaves at its default stays there, whatever BATON_ variables say."""
     environ = {"BATON_LISTEN": "x", "BATON_ARENA_DIR": "y", "PATH": "/bin"}
@@ -135,3 +143,75 @@ def test_the_default_run_dir_is_the_user_s() -> None:
     assert default_run_dir({"BATON_RUN_DIR": "/b", "XDG_RUNTIME_DIR": "/run/user/7"}) == "/b"
     assert default_run_dir({"XDG_RUNTIME_DIR": "/run/user/7"}) == "/run/user/7/baton"
     assert default_run_dir({}).startswith("/tmp/baton-")
+
+
+HOST_A = replace(SPEC, advertise="10.0.0.1", host="a", roles=("kv-store", "prefill"),
+                 scheduler="10.0.0.2:50052")  # fmt: skip
+HOST_B = replace(SPEC, advertise="10.0.0.2", host="b", roles=("scheduler", "kv-store", "decode"),
+                 remote_stores=("10.0.0.1:50061",))  # fmt: skip
+
+
+def test_a_host_s_part_runs_only_its_roles_under_its_own_names() -> None:
+    """Nobody's name is another's on some other host."""
+    assert list(parsed(HOST_A)) == ["kv-store-0@a", "prefill-0@a"]
+    assert list(parsed(HOST_B)) == ["kv-store-0@b", "scheduler@b", "decode-0@b", "decode-1@b"]
+
+
+def test_what_one_host_listens_on_is_what_the_others_dial() -> None:
+    """Stores, control and announcements have addresses that the other host can reach."""
+    a, b = parsed(HOST_A), parsed(HOST_B)
+    store, prefill, scheduler, decode = (
+        a["kv-store-0@a"], a["prefill-0@a"], b["scheduler@b"], b["decode-1@b"],
+    )  # fmt: skip
+    assert isinstance(store, KvStoreConfig)
+    assert isinstance(prefill, PrefillConfig)
+    assert isinstance(scheduler, SchedulerConfig)
+    assert isinstance(decode, DecodeConfig)
+    assert prefill.scheduler == decode.scheduler == scheduler.control_listen == "10.0.0.2:50052"
+    assert scheduler.stores == ("10.0.0.2:50061", store.listen)
+    assert store.ingest_listen == store.ingest_advertise == "tcp://10.0.0.1:50062"
+    assert decode.announce_advertise == "tcp://10.0.0.2:50072"
+    assert prefill.host == "a"
+
+
+def test_a_host_may_listen_elsewhere_than_it_is_found() -> None:
+    """Behind an address translation one listens on all and advertises another address."""
+    made = parsed(replace(HOST_B, bind="0.0.0.0"))
+    scheduler, store = made["scheduler@b"], made["kv-store-0@b"]
+    assert isinstance(scheduler, SchedulerConfig)
+    assert isinstance(store, KvStoreConfig)
+    assert scheduler.control_listen == "0.0.0.0:50052"
+    assert store.ingest_listen == "tcp://0.0.0.0:50062"
+    assert store.ingest_advertise == "tcp://10.0.0.2:50062"
+    assert scheduler.stores[0] == "10.0.0.2:50061"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"roles": ("prefil",)}, "roles"),
+        ({"roles": ("prefill",)}, "advertise"),
+        ({"advertise": "10.0.0.1", "medium": "zmq"}, "medium"),
+        ({"advertise": "10.0.0.1", "roles": ("prefill",)}, "scheduler"),
+        ({"scheduler": "10.0.0.2:50052"}, "scheduler"),
+        ({"advertise": "10.0.0.1", "roles": ("scheduler",)}, "remote_stores"),
+        ({"advertise": "10.0.0.1", "roles": ("prefill",), "scheduler": "10.0.0.2:1",
+          "remote_stores": ("10.0.0.2:2",)}, "remote_stores"),
+        ({"arena": "/dev/shm/x"}, "arena"),
+    ],
+)  # fmt: skip
+def test_a_host_that_does_not_fit_the_others_is_refused(
+    change: dict[str, object], field: str
+) -> None:
+    """The message begins with the option to change."""
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        replace(SPEC, **change)  # type: ignore[arg-type]
+
+
+def test_a_decode_beside_another_supervisor_s_store_maps_its_arena() -> None:
+    """A container of one worker: nothing else of its host runs there."""
+    spec = replace(SPEC, advertise="10.0.0.3", roles=("decode",), decode=1, host="b1",
+                   scheduler="10.0.0.2:50052", arena="/dev/shm/b")  # fmt: skip
+    [decode] = parsed(spec).values()
+    assert isinstance(decode, DecodeConfig)
+    assert decode.arena_dir == "/dev/shm/b"

@@ -176,7 +176,7 @@ def test_the_least_recently_used_blocks_are_evicted() -> None:
         decode_writer="d0",
     )  # fmt: skip
     assert stream.prefill_table[0] == blocks[0]
-    assert evicted == [blocks[1]]
+    assert evicted == [blocks[3]], "the end of a prefix goes before its beginning"
 
 
 def test_a_takeover_keeps_what_is_committed_where_it_is() -> None:
@@ -234,6 +234,32 @@ def test_blocks_of_a_paused_writer_wait_for_its_word() -> None:
     assert len(state.pool.free) == state.pool.total
 
 
+def test_a_word_is_about_what_a_writer_had_got_by_then() -> None:
+    """Blocks, fenced writers and resting slots alike: a late Stopped of an earlier epoch says nothing
+    about what the same worker has got since."""
+    state = store()
+    stream = open_stream(state, epoch=5)
+    for epoch in (7, 9):
+        state.reassign_decode(
+            "r", epoch=epoch, writer="d0", committed=0, attached=True, may_write=anybody
+        )
+    assert stream.fenced == {"d0": 7}
+    assert state.sweep(anybody, ("r", "d0"), epoch=6)[0], "its blocks of epoch 5"
+    assert stream.fenced == {"d0": 7}, "it had got more by then"
+    state.sweep(anybody, ("r", "d0"), epoch=7)
+    assert stream.fenced == {}
+    state.release("r", keys=[], may_write=lambda writer: writer == "d0")
+    assert state.resting_slots == {stream.slot: {("r", "d0"): 9}}
+    for idle in (None, ("d0", frozenset[str]())):
+        said = None if idle else ("r", "d0")
+        assert state.sweep(anybody, said, idle, epoch=8)[1] == []
+        assert state.resting_slots
+        assert {why.epoch for why in state.pool.quarantined.values()} == {9}
+    freed, slots = state.sweep(anybody, ("r", "d0"), epoch=9)
+    assert freed
+    assert slots == [stream.slot]
+
+
 def test_blocks_of_a_dead_writer_come_back() -> None:
     """Death is as good as its word."""
     state = store()
@@ -254,4 +280,15 @@ def test_an_invalid_block_cannot_be_found() -> None:
     state.invalidate([blocks[1], blocks[1], 19])
     assert stream.prefill_table[:3] == blocks[:3]
     assert open_stream(state, "s", prompt=200).cached_blocks == 1
+    state.check_invariants()
+
+
+def test_a_late_opening_of_an_older_epoch_is_refused() -> None:
+    """A call of a scheduler that has died meanwhile brings nothing back that has been closed."""
+    state = store()
+    open_stream(state, epoch=9)
+    state.release("r", keys=[], may_write=nobody)
+    with pytest.raises(StaleEpoch, match="epoch"):
+        open_stream(state, epoch=4)
+    assert open_stream(state, epoch=11).epoch == 11
     state.check_invariants()

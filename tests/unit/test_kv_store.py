@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from baton.v1 import store_pb2
-from services.kv.arena import Arena
+from services.kv.arena import OWN, Arena
 from services.kv.layout import PAGE_TOKENS
 from services.kv.record import FREE, RESTING, StreamRecord
+from services.kv_store import report
+from services.kv_store.recover import torn_blocks
+from services.kv_store.scrub import Scrub
 from services.ops.errors import (
     ConfigError,
     CorruptKv,
@@ -47,7 +50,7 @@ def test_whatever_happens_every_byte_is_where_it_belongs(tmp_path: Path, seed: i
     """Requests, takeovers, deaths and fenced workers that wake up and write: committed rows, tokens
     and cached blocks stay what their text says, and at the end nothing has leaked."""
     rng = random.Random(1000 + seed)
-    with StoreWorld(tmp_path) as world:
+    with StoreWorld(tmp_path, disk_blocks=5 * (seed % 2)) as world:
         walk = StoreWalk(world, restarts=False)
         try:
             for _ in range(60):
@@ -173,7 +176,7 @@ def test_a_decode_that_attaches_while_it_is_fenced_loses_nothing(
     fence = StreamRecord.fence
 
     def late_fence(record: StreamRecord, epoch: int) -> int:
-        role.stream.attach()
+        role.stream.attach(None)
         role.attached = True
         assert all(role.step() for _ in range(3))
         return fence(record, epoch)
@@ -192,7 +195,9 @@ def test_the_same_epoch_again_only_reports(world: StoreWorld) -> None:
     session = world.asked[request_id].decode
     assert session is not None
     world._end(session)
-    world._prepare(request_id, "d0", session.slot, world.store.state.streams[request_id].epoch)
+    world._prepare(
+        request_id, world.worker("d0"), session.slot, world.store.state.streams[request_id].epoch
+    )
     world.decode(request_id, 5)
     world.check()
 
@@ -213,19 +218,104 @@ def test_an_old_epoch_is_refused(world: StoreWorld) -> None:
 
 
 def test_a_takeover_without_room_can_be_tried_again(world: StoreWorld) -> None:
-    """The fence stands, nobody commits; once there is room the next epoch goes on from the same
-    step."""
+    """Nobody is fenced: a decode that was only paused goes on, so that a full arena cannot hold all
+    its streams for ever. Once there is room the next epoch goes on from the same step."""
     request_id = ready(world, prompt=100, max_new=300, steps=40)
     other = fill(world)
     with pytest.raises(Overloaded):
         world.move_decode(request_id, "d1")
     world.check()
-    [zombie] = [s for s in world.zombies() if s.worker.name == "d0"]
-    world.wakes(zombie)
+    assert world.zombies() == []
+    world.decode(request_id, 3)
     world.release(other)
     world.move_decode(request_id, "d1")
     world.decode(request_id, 30)
     world.check()
+
+
+def test_a_takeover_that_is_asked_for_again_is_answered_again(world: StoreWorld) -> None:
+    """The first answer was lost: the same one comes, nothing changes, and no epoch is burnt."""
+    request_id = ready(world, steps=40)
+    epoch = world.next_epoch()
+    request = store_pb2.ReassignRequest(
+        request_id=request_id, role=store_pb2.WRITER_ROLE_DECODE, epoch=epoch,
+        writer=world.worker("d1").id,
+    )  # fmt: skip
+    first = world.store.reassign(request)
+    tables = list(world.store.state.streams[request_id].decode_table)
+    again = world.store.reassign(request)
+    assert (again.slot, again.committed) == (first.slot, first.committed) == (first.slot, 40)
+    assert not again.previous_gone
+    assert world.store.state.streams[request_id].decode_table == tables
+
+
+def test_a_takeover_that_a_dead_store_began_is_finished_by_the_same_call(world: StoreWorld) -> None:
+    """It died between fence and tables: the record has the new epoch, the tables have the old one."""
+    request_id = ready(world, steps=40)
+    epoch = world.next_epoch()
+    slot = world.store.state.streams[request_id].slot
+    assert StreamRecord(world.arena, slot).fence(epoch) == 40
+    world.begin_anew()
+    reply = world.store.reassign(
+        store_pb2.ReassignRequest(
+            request_id=request_id, role=store_pb2.WRITER_ROLE_DECODE, epoch=epoch,
+            writer=world.worker("d1").id,
+        )
+    )  # fmt: skip
+    assert reply.committed == 40
+    assert world.store.state.streams[request_id].table_epoch == epoch
+
+
+def test_a_takeover_that_found_no_room_can_be_asked_for_again(world: StoreWorld) -> None:
+    """With the same epoch: the call is repeated when its answer was lost."""
+    request_id = ready(world, prompt=100, max_new=300, steps=40)
+    other, epoch = fill(world), world.next_epoch()
+    request = store_pb2.ReassignRequest(
+        request_id=request_id, role=store_pb2.WRITER_ROLE_DECODE, epoch=epoch,
+        writer=world.worker("d1").id,
+    )  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            world.store.reassign(request)
+    world.release(other)
+    assert world.store.reassign(request).committed == 40
+
+
+def test_who_is_waited_for_is_named(world: StoreWorld) -> None:
+    """A scheduler that has come back cannot know whom a takeover before it had fenced."""
+    request_id = ready(world, steps=40)
+    world.move_decode(request_id, "d1")
+    world.release(request_id, stopped=True)
+    waiting = world.store.state.waiting_for(request_id)
+    assert waiting == {s.worker.id for s in world.zombies()}
+    assert waiting
+    [awaited] = world.store.renewed(store_pb2.RenewRequest()).awaited
+    assert (awaited.request_id, {awaited.writer}) == (request_id, waiting)
+    for zombie in world.zombies():
+        world.stops(zombie)
+    assert world.store.state.waiting_for(request_id) == set()
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_cached_blocks_are_not_written_again(world: StoreWorld, dead: bool) -> None:
+    """A prefill that begins before them gets fresh ones: others read these."""
+    ready(world, prompt=190)
+    [request_id] = world.asked
+    world.publish(request_id)
+    second = world.open(0, 190, 10, "p1", "d1")
+    stream = world.store.state.streams[second]
+    cached = stream.prefill_table[: stream.cached_blocks]
+    assert len(cached) == 2
+    if dead:
+        world.dies(world.workers["p1"])
+    world.store.reassign(
+        store_pb2.ReassignRequest(
+            request_id=second, role=store_pb2.WRITER_ROLE_PREFILL, epoch=world.next_epoch(),
+            writer=world.worker("p2").id, resume_at=0,
+        )
+    )  # fmt: skip
+    assert not set(stream.prefill_table) & set(cached)
+    world.store.state.check_invariants()
 
 
 def test_a_finished_prefill_is_not_moved(world: StoreWorld) -> None:
@@ -288,7 +378,7 @@ def test_every_page_is_counted_once(world: StoreWorld) -> None:
     """What the dashboard shows adds up, through a request's whole life."""
 
     def pages() -> tuple[int, int, int, int, int]:
-        p = world.store.pages("address")
+        p = report.pages(world.store, "address")
         parts = (p.pages_free, p.pages_open, p.pages_sealed, p.pages_cached, p.pages_quarantined)
         assert sum(parts) == p.pages_total
         return parts
@@ -319,6 +409,50 @@ def test_reconcile_ends_what_nobody_remembers(world: StoreWorld) -> None:
     assert world.store.reconcile([kept]) == 0
 
 
+# --- leases ---
+
+
+def test_a_stream_that_nobody_renews_is_released(world: StoreWorld) -> None:
+    """Its complete blocks stay cached, its decode can commit no more and is waited for."""
+    request_id = ready(world, prompt=128, steps=70)
+    world.renew()
+    world.passes(9.875)
+    assert request_id in world.store.state.streams
+    world.passes(0.125)
+    assert world.store.counts.leases_expired == 1
+    assert not world.store.state.streams
+    assert len(world.store.state.index) == (128 + 70) // PAGE_TOKENS
+    world.check()
+    zombies = world.zombies()
+    assert world.store.state.pool.quarantined
+    for zombie in zombies:
+        world.wakes(zombie)
+        world.stops(zombie)
+    world.check_empty()
+
+
+def test_a_store_that_was_stopped_waits_for_its_streams(world: StoreWorld) -> None:
+    """It could hear nobody: no lease ends by that, and a renewal that comes then is in time."""
+    request_id = ready(world, steps=3)
+    world.stands_still(1000.0)
+    assert request_id in world.store.state.streams
+    world.renew()
+    world.passes(9.0)
+    world.decode(request_id, 3)
+    world.restart()
+    world.passes(9.0)
+    world.decode(request_id, 3)
+    world.check()
+
+
+def test_renewing_names_what_is_lost(world: StoreWorld) -> None:
+    """Whoever wants it computes it again."""
+    request_id = ready(world)
+    assert world.store.renew([request_id, "x"]) == ["x"]
+    world.release(request_id)
+    assert world.store.renew([request_id]) == [request_id]
+
+
 # --- corrupt pages ---
 
 
@@ -333,6 +467,54 @@ def test_a_corrupt_cached_block_is_found_before_it_is_used(world: StoreWorld) ->
     world.compute(request_id, 201)
     with pytest.raises(CorruptKv):
         world.decode(request_id, 1)
+
+
+def scrub_all(world: StoreWorld) -> None:
+    scrub = Scrub(world.store, pages_max=1, blocks_max=1)
+    for _ in range(world.arena.plan.pages):
+        scrub.step()
+
+
+@pytest.mark.parametrize("field", OWN.names or ())
+def test_a_flipped_header_is_mended(world: StoreWorld, field: str) -> None:
+    """From the store's own copy, whosever the page is; counted, and nobody notices."""
+    request_id = ready(world, prompt=128, steps=3)
+    kept = world.arena.headers.copy()
+    scrub_all(world)
+    assert world.store.counts.headers_repaired == 0
+    for n, page in enumerate((0, world.arena.plan.pages - 1)):
+        world.arena.headers[page : page + 1][field].view(np.uint8)[0] ^= 16
+        assert torn_blocks(world.arena).any() == (field != "own_padding")
+        scrub_all(world)
+        assert world.store.counts.headers_repaired == n + 1
+        assert world.arena.headers.tobytes() == kept.tobytes()
+    world.decode(request_id, 3)
+    world.restart()
+
+
+@pytest.mark.parametrize("field", ["row_crc", "checksum", "key", "tokens", "state"])
+def test_a_cached_block_that_has_changed_is_dropped(world: StoreWorld, field: str) -> None:
+    """Before anybody wants it; counted, and computed again."""
+    first = ready(world, prompt=200)
+    block = world.store.state.streams[first].prefill_table[1]
+    world.release(first)
+    scrub_all(world)
+    assert world.store.counts.corrupt_cached == 0
+    page = world.arena.page_id(block, 1)
+    world.arena.headers[page : page + 1][field].view(np.uint8)[..., 0] ^= 1
+    scrub_all(world)
+    assert world.store.counts.corrupt_cached == 1
+    other = world.open(0, 200, 0)
+    assert StreamRecord(world.arena, world.asked[other].prefill.slot).ready_tokens() == 64
+    world.check()
+
+
+def test_a_free_page_looks_free(world: StoreWorld) -> None:
+    """A flip cannot make a cached block of it for the store after this one."""
+    world.arena.headers["state"][3] = 2
+    scrub_all(world)
+    assert world.arena.headers["state"][3] == 0
+    assert world.store.counts.headers_repaired == 1
 
 
 def test_an_invalid_block_stays_out_of_the_cache(world: StoreWorld) -> None:

@@ -154,7 +154,7 @@ def test_a_copy_of_a_short_group_takes_its_layers(arena: Arena) -> None:
 
 
 def test_a_seal_says_what_the_page_holds(arena: Arena) -> None:
-    """State, key, group, token count and the checksum over the row checksums; nothing else."""
+    """State, key, token count and the checksum over the row checksums; nothing else."""
     arenas.stamp(arena, PAGE, SEEDS, 1)
     headers = arena.headers.copy()
     assert arena.native.state(PAGE) == FREE
@@ -162,9 +162,9 @@ def test_a_seal_says_what_the_page_holds(arena: Arena) -> None:
     header = arena.headers[PAGE]
     assert arena.native.state(PAGE) == header["state"] == SEALED
     assert header["key"].tobytes() == b"k" * 16
-    assert (header["group"], header["tokens"]) == (1, PAGE_TOKENS)
+    assert header["tokens"] == PAGE_TOKENS
     assert header["checksum"] == _native.crc32c(header["row_crc"].tobytes())
-    for field in ("state", "key", "group", "tokens", "checksum"):
+    for field in ("state", "key", "tokens", "checksum"):
         headers[field][PAGE] = header[field]
     assert arena.headers.tobytes() == headers.tobytes()
 

@@ -59,9 +59,30 @@ def test_the_oldest_use_goes_first() -> None:
     index = index_of("a", "b", "c")
     assert index.oldest(lambda block: True) == 0
     index.longest([b"a"])
+    index.check_invariants()
     assert index.oldest(lambda block: True) == 1
     assert index.oldest(lambda block: block != 1) == 2
     assert index.oldest(lambda block: False) is None
+
+
+def test_the_end_of_a_prefix_goes_before_its_beginning() -> None:
+    """A chain without its first block can never be found again."""
+    index = index_of("a", "b", "c")
+    index.longest(chain("abc"))
+    assert list(index.blocks) == chain("cba")
+
+
+def test_what_the_disk_lacks_is_known_in_the_order_of_use() -> None:
+    """Until it has been written or has left; what was used since is not cold yet."""
+    index = index_of("a", "b", "c")
+    index.now = 5.0
+    index.longest([b"a"])
+    assert list(index.cold(4.9)) == [(b"b", 1), (b"c", 2)]
+    assert list(index.cold(5.0)) == [(b"b", 1), (b"c", 2), (b"a", 0)]
+    index.written(b"b")
+    index.remove(2)
+    assert list(index.cold(5.0)) == [(b"a", 0)]
+    index.check_invariants()
 
 
 @given(st.lists(st.tuples(st.sampled_from("auxf"), st.text("abcd", min_size=1, max_size=4))))
@@ -80,9 +101,11 @@ def test_it_is_a_mapping_with_an_order_of_use(acts: list[tuple[str, str]]) -> No
             keys = chain(text)
             gap = next((i for i, k in enumerate(keys) if k not in model), len(keys))
             assert index.longest(keys) == [model[k] for k in keys[:gap]]
-            for used in keys[:gap]:
-                model[used] = model.pop(used)
+            for used in reversed(keys[:gap]):
+                if used in model:
+                    model[used] = model.pop(used)
         assert list(index.blocks.items()) == list(model.items())
         assert {b: k for k, b in model.items()} == index.keys
         assert index.oldest(lambda b: True) == next(iter(model.values()), None)
         assert len(index) == len(model)
+        index.check_invariants()

@@ -286,3 +286,22 @@ def test_a_damaged_journal_entry_for_nobody_is_skipped() -> None:
         0.0, 0, [journal_pb2.JournalRecord(placed=placed), journal_pb2.JournalRecord(ended=ended)]
     )
     assert scheduler.requests == {}
+
+
+def test_a_stream_of_another_opening_is_not_taken_up() -> None:
+    """A call of a scheduler before came late and has opened it again, in another way: it is released,
+    and the request starts anew."""
+    cluster = FakeCluster()
+    running(cluster, 2)
+    record = cluster.stores["s0"].streams["r"]
+    record.epoch, record.attempt = record.epoch - 4, record.attempt - 4
+    for worker in cluster.workers.values():
+        worker.jobs.clear()
+    cluster.restart_scheduler()
+    cluster.reattach()
+    for _ in range(6):
+        cluster.pass_time(0.2)
+        cluster.settle()
+    assert len(cluster.asked_of_stores("OpenStream")) == 1
+    assert cluster.tokens("r") == cluster.expected("r", 10)
+    cluster.check_quiet()

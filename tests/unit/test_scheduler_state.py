@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from baton.v1 import control_pb2, inference_pb2
+from baton.v1 import control_pb2, inference_pb2, store_pb2
 from services.ops.errors import Overloaded, RequestConflict, UnknownRequest
 from services.scheduler.request import CallStore, Phase, Write
 from tests.support.cluster_walk import ClusterWalk
@@ -232,16 +232,69 @@ def test_a_request_without_room_waits_for_the_others() -> None:
 
 
 def test_a_request_that_never_fits_fails() -> None:
-    """Nothing else is running and there is still no room: the client is told, and may try again."""
+    """Waiting would not help: the client is told at once."""
     cluster = FakeCluster(slots=0)
     cluster.ask("r")
-    for _ in range(3):
-        cluster.settle()
-        cluster.pass_time(0.1)
+    cluster.settle()
     final = cluster.final("r")
     assert final is not None
-    assert (final.failed.code, final.failed.retryable) == ("RESOURCE_EXHAUSTED", True)
-    assert "RESOURCE_EXHAUSTED" in final.failed.story[-1]
+    assert (final.failed.code, final.failed.retryable) == ("OUT_OF_RANGE", False)
+    assert "OUT_OF_RANGE" in final.failed.story[-1]
+
+
+def test_a_request_waits_for_room_for_as_long_as_it_takes() -> None:
+    """Nobody else is running, but pages are held back, or on their way to disk: that ends."""
+    cluster = FakeCluster(slots=1)
+    cluster.ask("r", max_tokens=2)
+    store = cluster.stores["s0"]
+    store.full = True
+    for _ in range(50):
+        cluster.settle()
+        cluster.pass_time(0.1)
+    assert cluster.final("r") is None
+    store.full = False
+    cluster.pass_time(0.1)
+    cluster.settle()
+    assert reason(cluster, "r") == LENGTH
+
+
+# --- leases ---
+
+
+def test_streams_that_are_open_are_renewed_where_they_are() -> None:
+    """In every store that has leased pages for them, until they end."""
+    cluster = FakeCluster(prefills=1, decodes=2, store_count=2)
+    cluster.ask("r", max_tokens=9)
+    assert cluster.scheduler.open_streams() == {}, "nothing has been leased yet"
+    cluster.until(lambda: cluster.scheduler.requests["r"].phase is Phase.RUNNING)
+    request = cluster.scheduler.requests["r"]
+    wanted = {store: {"r": request.epoch} for store in request.stores}
+    assert cluster.scheduler.open_streams() == wanted
+    cluster.settle()
+    assert cluster.scheduler.open_streams() == {}
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_a_stream_whose_lease_ran_out_is_computed_again(when: str) -> None:
+    """Same tokens; what has been said about an earlier epoch, or another store, is not believed."""
+    cluster = FakeCluster()
+    cluster.ask("r", max_tokens=9)
+    scheduler, count = cluster.scheduler, {"prefill": 0, "decode": 4}[when]
+    request = scheduler.requests["r"]
+    cluster.until(lambda: request.phase is Phase.RUNNING and len(request.tokens) >= count)
+    epoch = request.epoch
+    for place, said in (("s9", epoch), ("s0", epoch - 1)):
+        cluster.run(scheduler.streams_lost(cluster.now, place, {"r": said, "x": 1}))
+        assert request.epoch == epoch
+    store = cluster.stores["s0"]
+    record = store.streams["r"]
+    writers = [record.decode_writer, *([] if "r" in store.published else [record.prefill_writer])]
+    store.Release(store_pb2.ReleaseRequest(request_id="r", live_writers=writers))
+    cluster.run(scheduler.streams_lost(cluster.now, "s0", {"r": epoch}))
+    assert request.epoch > epoch
+    cluster.settle()
+    assert cluster.tokens("r") == cluster.expected("r", 9)
+    cluster.check_quiet()
 
 
 def test_a_store_that_says_no_for_good_fails_the_request() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.v1 import cluster_pb2, control_pb2
+from baton.v1 import cluster_pb2, control_pb2, store_pb2
 from services.scheduler.request import Phase
 from tests.support.fake_cluster import FakeCluster
 from tests.support.scheduling import LENGTH, owner, reason, running
@@ -89,6 +89,25 @@ def test_an_old_epoch_is_refused_whoever_says_it() -> None:
     assert cluster.scheduler.counts.stale_epoch_refused == 1
 
 
+def test_an_end_is_not_believed_over_a_gap() -> None:
+    """Reports before it were lost: they are asked for again, and only then has the request ended."""
+    cluster = FakeCluster(decodes=1)
+    running(cluster, 3)
+    worker = cluster.workers["decode-0"]
+    while worker.jobs:
+        worker.act()
+    last = worker.reports.pop()
+    worker.reports.clear()
+    worker.reports.append(last)
+    cluster.deliver_report(worker)
+    assert cluster.final("r") is None
+    assert len(cluster.tokens("r")) == 3
+    cluster.settle()
+    assert cluster.tokens("r") == cluster.expected("r", 10)
+    assert reason(cluster, "r") == LENGTH
+    cluster.check_quiet()
+
+
 def test_silence_without_a_successor_changes_nothing() -> None:
     """Only slower: the epoch is kept, and a heartbeat ends the suspicion, which is counted."""
     cluster = FakeCluster(decodes=1)
@@ -164,6 +183,60 @@ def test_another_prefill_goes_on() -> None:
     cluster.check_quiet()
 
 
+def test_a_silent_prefill_is_replaced_if_another_is_ready() -> None:
+    """Its attempt is fenced; what it says when it wakes is refused, and its pages come back."""
+    cluster = FakeCluster(prefills=2)
+    cluster.ask("r", max_tokens=4)
+    cluster.until(lambda: cluster.commands("prefill"))
+    [(silent, first)] = cluster.commands("prefill")
+    cluster.workers[silent].paused = True
+    cluster.pass_time(1)
+    cluster.settle()
+    (heir, second) = cluster.commands("prefill")[-1]
+    assert heir != silent
+    assert second.attempt > first.attempt
+    assert cluster.tokens("r") == cluster.expected("r", 4)
+    cluster.workers[silent].paused = False
+    cluster.settle()
+    cluster.check_quiet()
+
+
+def test_a_silent_prefill_without_a_successor_keeps_its_attempt() -> None:
+    """It is waited for: nobody else could compute the prompt."""
+    cluster = FakeCluster()
+    cluster.ask("r", max_tokens=4)
+    cluster.until(lambda: cluster.commands("prefill"))
+    cluster.workers["prefill-0"].paused = True
+    cluster.pass_time(3)
+    cluster.settle()
+    assert cluster.asked_of_stores("Reassign") == []
+    cluster.workers["prefill-0"].paused = False
+    cluster.settle()
+    assert cluster.tokens("r") == cluster.expected("r", 4)
+    assert cluster.scheduler.counts.false_suspicions == 1
+
+
+def test_a_prefill_that_falls_silent_before_it_can_report_is_told_to_stop() -> None:
+    """Its first token is in the record, so the stream goes on; but it lives, and may be at work on
+    its hand-over: its pages wait for its answer."""
+    cluster = FakeCluster(prefills=2)
+    cluster.ask("r", max_tokens=2)
+    cluster.until(
+        lambda: any(r.tokens for s in cluster.stores.values() for r in s.streams.values())
+    )
+    [(silent, _)] = cluster.commands("prefill")
+    cluster.workers[silent].paused = True
+    cluster.pass_time(1)
+    cluster.settle()
+    assert cluster.tokens("r") == cluster.expected("r", 2)
+    assert any(
+        writer == cluster.workers[silent].id for _, writer, _ in cluster.stores["s0"].quarantine
+    )
+    cluster.workers[silent].paused = False
+    cluster.settle()
+    cluster.check_quiet()
+
+
 @pytest.mark.parametrize("max_tokens", [1, 5])
 def test_a_prefill_that_dies_before_it_can_report(max_tokens: int) -> None:
     """The first token is in the record and nobody has said so: the request goes on all the same."""
@@ -222,9 +295,44 @@ def test_prefills_arena_is_left_when_the_pages_have_arrived() -> None:
 # --- KV that is lost or wrong ---
 
 
-def test_kv_that_failed_verification_is_computed_anew() -> None:
+def test_a_damaged_block_is_repaired_by_another_epoch_of_decode() -> None:
+    """Nothing is opened anew: the store gives a fresh block to whoever goes on."""
+    cluster = FakeCluster(decodes=1)
+    running(cluster, 3)
+    cluster.corrupt.add("r")
+    cluster.settle()
+    assert cluster.tokens("r") == cluster.expected("r", 10)
+    assert len(cluster.asked_of_stores("OpenStream")) == 1
+    (moved,) = cluster.asked_of_stores("Reassign")
+    assert (moved.role, list(moved.repair_blocks)) == (store_pb2.WRITER_ROLE_DECODE, [0])
+    assert not moved.HasField("resume_at")
+    assert cluster.scheduler.counts.corrupt_blocks == 1
+    cluster.check_quiet()
+
+
+@pytest.mark.parametrize("stores", [1, 2])
+def test_a_damaged_prompt_is_repaired_by_another_attempt_of_prefill(stores: int) -> None:
+    """In its own store the block; in both, what may have come of it is computed and sent again."""
+    cluster = FakeCluster(decodes=2, store_count=stores)
+    for name in "ab":
+        cluster.ask(name, max_tokens=6)
+    name = next(r for r in "ab" if owner(cluster, r) == "decode-1")
+    cluster.corrupt_prompts.add(name)
+    cluster.settle()
+    assert cluster.tokens(name) == cluster.expected(name, 6)
+    moved = cluster.asked_of_stores("Reassign")
+    assert [m.role for m in moved] == [store_pb2.WRITER_ROLE_PREFILL] * stores
+    assert [m.resume_at for m in moved] == [2] * stores
+    assert [list(m.repair_blocks) for m in moved].count([0]) == 1
+    final = cluster.final(name)
+    assert final is not None
+    assert final.finished.usage.recomputed_tokens == 1  # of three, from the second on
+    cluster.check_quiet()
+
+
+def test_kv_whose_repair_fails_is_computed_anew() -> None:
     """Not from the cache that may hold it; the request goes on from its next token."""
-    cluster = FakeCluster()
+    cluster = FakeCluster(irreparable=True)
     cluster.ask("r", max_tokens=6)
     cluster.corrupt.add("r")
     cluster.settle()

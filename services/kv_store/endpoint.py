@@ -1,0 +1,44 @@
+"""A store's end of the KV stream over any medium: its listener, its connections to other stores, and the
+receiver that decides. Moves messages when it is given a turn; decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from services.kv.arena import Arena
+from services.kv_store.receive import Cache, Receiver
+from services.wire.client import Client
+from services.wire.medium import Listener, Medium
+from services.wire.session import hello_of
+
+MESSAGES_PER_TURN = 16  # before the store's other work has its turn; each is at most about 1 MiB
+
+
+class Endpoint:
+    """`listener` is one of `medium`'s. Used by the store's one thread."""
+
+    def __init__(
+        self, arena: Arena, cache: Cache, medium: Medium, listener: Listener, *,
+        inflight_bytes_max: int, verify: bool = True, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._medium, self._listener = medium, listener
+        self.client = Client(medium, hello_of(arena.plan), clock=clock)
+        self.receiver = Receiver(
+            arena, cache, reply=listener.send, notify=medium.notify, client=self.client,
+            inflight_bytes_max=inflight_bytes_max, verify=verify, clock=clock,
+        )  # fmt: skip
+
+    def turn(self) -> bool:
+        """Takes some messages; whether there may be more."""
+        took = 0
+        while took < MESSAGES_PER_TURN and (message := self._listener.receive()) is not None:
+            self.receiver.handle(*message)
+            took += 1
+        self.client.poll()
+        self.receiver.tick()
+        return took == MESSAGES_PER_TURN
+
+    def close(self) -> None:
+        self.client.close()
+        self._medium.close()

@@ -1,0 +1,74 @@
+"""`baton chaos corrupt`, `abort-storm` and `all`, small, on real processes: their zeros, and their
+controls, which are not zero."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from baton import chaos
+from baton.chaos import abort, corruption
+from baton.chaos.session import Session, Settings
+from baton.cluster import default_model
+
+pytestmark = pytest.mark.processes
+
+
+def summary_of(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    """The JSON object of a command that must succeed."""
+    status = chaos.main([*argv, "--json"])
+    summary: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["problems"] == []
+    assert status == 0
+    return summary
+
+
+@pytest.mark.parametrize("medium", ["shm", "zmq"])
+def test_no_flipped_byte_becomes_a_token(capsys: pytest.CaptureFixture[str], medium: str) -> None:
+    """Wherever a page lies: the same tokens, nothing leaked, and the damage has been noticed."""
+    argv = ("--flips=30", "--no-controls", "--seed=1", f"--medium={medium}")
+    summary = summary_of(capsys, "corrupt", *argv)
+    assert summary["flips"] >= 30
+    assert summary["mattering"] > 0
+    assert summary["wrong_answers"] == summary["leaked_pages"] == summary["leaked_shm_files"] == 0
+    assert set(summary["where"]) == set(corruption.SETUP_OF)
+
+
+def test_without_verification_flips_become_tokens() -> None:
+    """The control: the judge sees it."""
+    with Session(Settings(default_model(), seed=7)) as session:
+        assert corruption.control(session).works
+
+
+@pytest.mark.parametrize("medium", ["shm", "zmq"])
+def test_requests_that_are_given_up_leave_nothing(
+    capsys: pytest.CaptureFixture[str], medium: str
+) -> None:
+    """At every stage, by Cancel and by a client that goes away: pages, streams, descriptors and
+    journal rows are what they were."""
+    argv = ("--requests=144", "--no-controls", "--seed=1", f"--medium={medium}")
+    summary = summary_of(capsys, "abort-storm", *argv)
+    assert summary["hit"] > 100
+    leaks = {name: count for name, count in summary.items() if name.startswith("leaked_")}
+    assert set(leaks.values()) == {0}
+
+
+def test_without_the_orphan_clock_streams_stay() -> None:
+    """The control: clients that went away are waited for."""
+    with Session(Settings(default_model(), seed=1)) as session:
+        assert abort.perform(session, 0, ("orphan",)).left.streams == abort.ABANDONED
+
+
+def test_rows_of_the_table_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that need a cluster of their own kind."""
+    rows = (
+        "decode-silent", "prefill-moved", "prefill-paused", "link-cut", "lease-expired", "arena-full",
+        "disk-full",
+    )  # fmt: skip
+    argv = [f"--row={row}" for row in rows]
+    summary = summary_of(capsys, "all", "--seeds=1", "--seed=1", "--no-controls", *argv)
+    assert set(summary["scenarios"]) == set(rows)
+    zeros = ("lost", "duplicated", "mismatched", "wrong_answers", "leaked_pages")
+    assert [summary[name] for name in (*zeros, "leaked_shm_files", "epochs_lost")] == [0] * 7
