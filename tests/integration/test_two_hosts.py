@@ -5,10 +5,14 @@ Hosts are network namespaces; the processes and what they send each other are re
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -57,7 +61,8 @@ def start() -> Iterator[StartHosts]:
     with tempfile.TemporaryDirectory(prefix="bt-", dir="/tmp") as root:
 
         def begin(plan: tuple[HostPlan, ...], **options: bool) -> HostsHandle:
-            spec = ClusterSpec(run_dir=f"{root}/{len(running)}")
+            run_dir = f"{root}/{len(running)}"
+            spec = ClusterSpec(run_dir=run_dir, failpoints=f"{run_dir}/failpoints")
             running.append(start_hosts(spec, plan, **options))
             return running[-1]
 
@@ -111,6 +116,15 @@ def strike(
             if len(tokens) == at_token and event.HasField("token"):
                 blow()
     return tokens
+
+
+def hold_decode(cluster: HostsHandle, at_index: int) -> Path:
+    """Arms a failpoint: the decode that commits this token stops, and leaves a file in the directory."""
+    directory = Path(cluster.hosts["b"].spec.failpoints)
+    directory.mkdir(parents=True, exist_ok=True)
+    point = {"point": "decode.committed", "index": at_index, "action": "stop"}
+    (directory / "hold.json").write_text(json.dumps(point))
+    return directory
 
 
 # --- a bad network ---
@@ -206,7 +220,8 @@ def test_a_partition_that_outlasts_the_deadline_ends_the_request(
 
 def test_the_scheduler_cut_off_from_everybody(start: StartHosts, reference: Reference) -> None:
     """Decode goes on into the stream's record and keeps nothing else; the client, which hears nothing
-    either, resumes where it was. No token is lost or repeated."""
+    either, resumes where it was. No token is lost or repeated. Decode stands still at token 20 until
+    the network is cut, however slow the client is to hear of token 10."""
     cluster = start((*TWO_HOSTS, HostPlan("u")), public=True)
     prompt, count = text_of(0, 0, 600), 700
     expected = reference.answer(
@@ -218,9 +233,13 @@ def test_the_scheduler_cut_off_from_everybody(start: StartHosts, reference: Refe
     arena_dir = cluster.hosts["b"].spec.arena_dir(0)
     decodes = [cluster.pid(name) for name in cluster.names("decode")]
     indexes: list[int] = []
+    armed = hold_decode(cluster, at_index=20)
 
     def cut_off() -> None:
+        wait_until(lambda: bool(list(armed.glob("*.fired-*"))), 10, "decode to reach token 20")
+        [fired] = armed.glob("*.fired-*")
         cluster.network.isolate("s")
+        os.kill(int(fired.name.rpartition("-")[2]), signal.SIGCONT)
         resident, cut_at = sum(map(resident_bytes, decodes)), time.monotonic()
         wait_until(lambda: max(committed(arena_dir)) == count - 1, 30, "decode to go on")
         wait_until(lambda: time.monotonic() > cut_at + 4, 10, "all to notice")
