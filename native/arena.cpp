@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "crc32c.h"
 
@@ -50,6 +51,35 @@ void Pages::copy_rows(uint32_t from, uint32_t to, int rows, int group) const {
                 payload(from) + size_t(i) * g_.head_bytes(), size_t(rows) * g_.row_bytes());
   }
   std::memcpy(header(to)->row_crc, header(from)->row_crc, size_t(rows) * sizeof(uint32_t));
+}
+
+ptrdiff_t Pages::land(const uint32_t* pages, size_t count, const Pieces& from, size_t skip_bytes,
+                      const uint32_t* row_crcs, const uint32_t* seeds, size_t rows, int group) const {
+  size_t piece = 0, at = skip_bytes;
+  for (size_t i = 0; i < count; i++) {
+    unsigned char* to = payload(pages[i]);
+    for (size_t left = g_.page_bytes; left > 0;) {
+      while (at >= from.bytes[piece]) at -= from.bytes[piece++];
+      const size_t some = std::min(left, from.bytes[piece] - at);
+      std::memcpy(to, from.data[piece] + at, some);
+      to += some, at += some, left -= some;
+    }
+    std::memcpy(header(pages[i])->row_crc, row_crcs + i * kPageTokens, sizeof(PageHeader::row_crc));
+    const size_t first = i * kPageTokens;
+    if (rows <= first) continue;
+    const int some = int(std::min<size_t>(kPageTokens, rows - first));
+    const ptrdiff_t bad = verify_page(pages[i], seeds + first, some, group);
+    if (bad >= 0) return ptrdiff_t(first) + bad;
+  }
+  return -1;
+}
+
+ptrdiff_t Pages::verify_page(uint32_t page, const uint32_t* seeds, int rows, int group) const {
+  uint32_t pages[kPageTokens];
+  int32_t numbers[kPageTokens];
+  std::fill_n(pages, rows, page);
+  std::iota(numbers, numbers + rows, 0);
+  return verify_rows({pages, numbers, seeds, rows}, group);
 }
 
 uint32_t Pages::seal_checksum(uint32_t page, int rows) const {

@@ -79,10 +79,21 @@ class Pages {
   // The first index whose stored checksum differs, or -1.
   ptrdiff_t verify_rows(const Rows& rows, int group) const;
   void copy_rows(uint32_t from, uint32_t to, int rows, int group) const;
+  // Whole pages and their row checksums from another arena, `bytes` into `pieces`; a page is verified
+  // while it is in the cache. `seeds` are of the rows to verify, from the first page's first one on.
+  // The first that differs, or -1; pages after that one's are not copied.
+  struct Pieces {
+    const unsigned char* const* data;
+    const size_t* bytes;
+    size_t count;
+  };
+  ptrdiff_t land(const uint32_t* pages, size_t count, const Pieces& from, size_t skip_bytes,
+                 const uint32_t* row_crcs, const uint32_t* seeds, size_t rows, int group) const;
   void seal(uint32_t page, int rows, const unsigned char key[16]) const;
   uint32_t seal_checksum(uint32_t page, int rows) const;
 
  private:
+  ptrdiff_t verify_page(uint32_t page, const uint32_t* seeds, int rows, int group) const;
   void row_crcs(const Rows& rows, ptrdiff_t begin, int count, int group, uint32_t* crcs) const;
 
   unsigned char* base_;

@@ -144,6 +144,44 @@ class Arena {
     py::gil_scoped_release release;
     pages_.copy_rows(from, to, rows, group);
   }
+  // Pages of these blocks out of `frames`, `skip_pages` into them, and their row checksums; verifies
+  // the first seeds.size rows. The first that differs, or -1.
+  py::ssize_t land(const Array<uint32_t>& blocks, int group, const py::sequence& frames,
+                   size_t skip_pages, const Array<uint32_t>& row_crcs,
+                   const Array<uint32_t>& seeds) const {
+    const size_t count = size_t(blocks.size()), page_bytes = pages_.geometry().page_bytes;
+    if (size_t(row_crcs.size()) != count * kPageTokens)
+      throw py::value_error("row_crcs: 64 for each block");
+    if (size_t(seeds.size()) > count * kPageTokens) throw py::value_error("seeds: more than rows");
+    const std::vector<uint32_t> pages = pages_of(blocks, group);
+    std::vector<py::buffer_info> held;
+    std::vector<const unsigned char*> data;
+    std::vector<size_t> bytes;
+    size_t total = 0;
+    for (const py::handle frame : frames) {
+      held.push_back(frame.cast<py::buffer>().request());
+      data.push_back(static_cast<const unsigned char*>(held.back().ptr));
+      bytes.push_back(size_t(held.back().size) * size_t(held.back().itemsize));
+      total += bytes.back();
+    }
+    if (skip_pages > total / page_bytes || count > total / page_bytes - skip_pages)
+      throw py::value_error("frames: shorter than the blocks");
+    const Pages::Pieces pieces{data.data(), bytes.data(), data.size()};
+    py::ssize_t bad = -1;
+    without_lock(count * page_bytes, [&] {
+      bad = pages_.land(pages.data(), count, pieces, skip_pages * page_bytes, row_crcs.data(),
+                        seeds.data(), size_t(seeds.size()), group);
+    });
+    return bad;
+  }
+  // `keys`: 16 bytes for each block, which is complete.
+  void seal_blocks(const Array<uint32_t>& blocks, int group, const std::string& keys) const {
+    const std::vector<uint32_t> pages = pages_of(blocks, group);
+    if (keys.size() != 16 * pages.size()) throw py::value_error("keys: 16 bytes for each block");
+    for (size_t i = 0; i < pages.size(); i++)
+      pages_.seal(pages[i], kPageTokens,
+                  reinterpret_cast<const unsigned char*>(keys.data() + 16 * i));
+  }
   void seal(uint32_t page, int group, int rows, const std::string& key) const {
     check_page(page), check_group(group);
     if (rows < 0 || rows > kPageTokens) throw py::value_error("rows: 0 to 64");
@@ -174,6 +212,20 @@ class Arena {
   void check_group(int group) const {
     if (group < 0 || group >= pages_.geometry().groups()) throw py::index_error("group: out of range");
   }
+  // Page ids run group by group: group * blocks of the arena + block.
+  std::vector<uint32_t> pages_of(const Array<uint32_t>& blocks, int group) const {
+    check_group(group);
+    const size_t per_group = blocks_per_group();
+    std::vector<uint32_t> pages(blocks.data(), blocks.data() + blocks.size());
+    for (uint32_t& page : pages) {
+      if (page >= per_group) throw py::index_error("block: outside the arena");
+      page += uint32_t(size_t(group) * per_group);
+    }
+    return pages;
+  }
+  size_t blocks_per_group() const {
+    return pages_.geometry().page_count / size_t(pages_.geometry().groups());
+  }
   struct Tokens {
     std::vector<uint32_t> pages;
     std::vector<int32_t> rows;
@@ -181,12 +233,11 @@ class Arena {
       return {pages.data(), rows.data(), seeds.data(), ptrdiff_t(pages.size())};
     }
   };
-  // Page ids run group by group: group * blocks of the arena + block.
   Tokens locate(const Array<uint32_t>& blocks, py::ssize_t begin, const Array<uint32_t>& seeds,
                 int group) const {
     check_group(group);
     const py::ssize_t end = begin + seeds.size();
-    const size_t per_group = pages_.geometry().page_count / size_t(pages_.geometry().groups());
+    const size_t per_group = blocks_per_group();
     if (blocks.ndim() != 1 || begin < 0 || end > blocks.size() * kPageTokens)
       throw py::value_error("tokens: outside the block table");
     Tokens tokens;
@@ -368,6 +419,9 @@ PYBIND11_MODULE(_native, m) {
            py::arg("seeds"), py::arg("group"))
       .def("copy_rows", &Arena::copy_rows, py::arg("source"), py::arg("target"), py::arg("rows"),
            py::arg("group"))
+      .def("land", &Arena::land, py::arg("blocks"), py::arg("group"), py::arg("frames"),
+           py::arg("skip_pages"), py::arg("row_crcs"), py::arg("seeds"))
+      .def("seal_blocks", &Arena::seal_blocks, py::arg("blocks"), py::arg("group"), py::arg("keys"))
       .def("seal", &Arena::seal, py::arg("page"), py::arg("group"), py::arg("rows"), py::arg("key"))
       .def("seal_checksum", &Arena::seal_checksum, py::arg("page"), py::arg("rows"))
       .def("seal_checksums", &Arena::seal_checksums, py::arg("pages"))

@@ -12,7 +12,7 @@ from services.wire.client import Client
 from services.wire.medium import Listener, Medium
 from services.wire.session import hello_of
 
-MESSAGES_PER_TURN = 16  # before the store's other work has its turn; each is at most about 1 MiB
+MESSAGES_PER_TURN = 16  # before the store's other work has its turn; each is at most about 2 MiB
 
 
 class Endpoint:

@@ -16,10 +16,12 @@ from services.kv.arena import Arena
 from services.kv.identity import RowIdentity
 from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
-from services.kv.runs import ROW_SUMS_BYTES, copy_runs, slices
+from services.kv.runs import ROW_SUMS_BYTES, slices
 from services.kv.verify import NONE, bad_rows
 from services.ops.errors import LayoutMismatch, StaleEpoch
 from services.wire.stream import Code
+
+_NO_SEEDS = np.zeros(0, np.uint32)
 
 
 class NotTaken(Exception):
@@ -70,10 +72,15 @@ class Landing:
             words = f"group {group}: tokens {have} to {first_block * PAGE_TOKENS} have not come"
             raise NotTaken(Code.GAP, group, have, words)
         table = np.array(record.prefill_table[: blocks_for(tokens)])
-        self._copy(table, group, first_block, have, frames)
         identity = self._identity(record)
-        self._verified(record, table, identity, group, have, tokens)
-        self._seal(table, identity, group, have // PAGE_TOKENS, tokens // PAGE_TOKENS)
+        bad = self._land(table, identity, group, first_block, have, tokens, frames)
+        if bad is not None:
+            self.damaged += 1
+            words = f"block {bad}, layer group {group}: not what its checksums say"
+            raise NotTaken(Code.CORRUPT, group, have, words, bad)
+        whole = range(have // PAGE_TOKENS, tokens // PAGE_TOKENS)
+        keys = b"".join(identity.key(block) for block in whole)
+        self._arena.native.seal_blocks(table[whole.start : whole.stop], group, keys)
         if not record.set_ready(group, attempt, tokens):
             raise StaleEpoch(f"attempt: {attempt} has been fenced")
 
@@ -105,22 +112,28 @@ class Landing:
         if not sizes or [sizes[0], sum(sizes[1:])] != want:
             raise LayoutMismatch(f"pages: frames of {sizes} bytes do not carry {blocks} pages")
 
-    def _copy(
-        self, table: NDArray[np.uint32], group: int, first_block: int, have: int,
-        frames: Sequence[memoryview],
-    ) -> None:  # fmt: skip
-        """Blocks that are complete here are left alone; of one that is begun, the rows that follow."""
+    def _land(
+        self, table: NDArray[np.uint32], identity: RowIdentity, group: int, first_block: int,
+        have: int, tokens: int, frames: Sequence[memoryview],
+    ) -> int | None:  # fmt: skip
+        """Copies and verifies. Blocks that are complete here are left alone; of one that is begun, the
+        rows that follow. The first block that is not what it was stored as, if there is one."""
         block, row = divmod(have, PAGE_TOKENS)
         sums = np.frombuffer(frames[0], np.uint32).reshape(-1, PAGE_TOKENS)
         if row:
             self._copy_rows(int(table[block]), group, block - first_block, row, sums, frames[1:])
             block += 1
-        rest = table[block:]
-        if not len(rest):
-            return
-        copy_runs(self._arena, group, rest, frames[1:], skip_pages=block - first_block)
-        pages = rest + np.uint32(group * self._arena.plan.blocks)
-        self._arena.headers["row_crc"][pages] = sums[block - first_block :]
+            begun_until = min(tokens, block * PAGE_TOKENS)
+            if self._verify and bad_rows(
+                self._arena, table, identity, group, have, begun_until, NONE
+            ):
+                return block - 1
+        skip = block - first_block
+        seeds = identity.seeds[block * PAGE_TOKENS : tokens] if self._verify else _NO_SEEDS
+        bad: int = self._arena.native.land(
+            table[block:], group, frames[1:], skip, sums[skip:], seeds
+        )
+        return None if bad < 0 else block + bad // PAGE_TOKENS
 
     def _copy_rows(
         self, block: int, group: int, index: int, row: int, sums: NDArray[np.uint32],
@@ -141,22 +154,3 @@ class Landing:
             known = (generation, RowIdentity(record.root, tokens, len(tokens)))
             self._identities[record.slot] = known
         return known[1]
-
-    def _verified(
-        self, record: StreamRecord, table: NDArray[np.uint32], identity: RowIdentity, group: int,
-        begin: int, end: int,
-    ) -> None:  # fmt: skip
-        if not self._verify:
-            return
-        bad = bad_rows(self._arena, table, identity, group, begin, end, NONE)
-        if bad:
-            self.damaged += 1
-            words = f"blocks {sorted(bad)}, layer group {group}: not what their checksums say"
-            raise NotTaken(Code.CORRUPT, group, begin, words, min(bad))
-
-    def _seal(
-        self, table: NDArray[np.uint32], identity: RowIdentity, group: int, begin: int, end: int
-    ) -> None:
-        for block in range(begin, end):
-            page = self._arena.page_id(int(table[block]), group)
-            self._arena.native.seal(page, group, PAGE_TOKENS, identity.key(block))

@@ -34,7 +34,7 @@ from services.ops.errors import CorruptKv, LayoutMismatch
 MAGIC = 0x3153564B  # "KVS1"
 VERSION = 2
 CODEC = "raw"
-FRAME_BYTES_MAX = 1 << 20  # runs are coalesced up to this: the best frame size measured
+FRAME_BYTES_MAX = 2 << 20  # runs are coalesced up to this: the best size measured
 TEXT_BYTES_MAX = 1024
 
 # What every version begins with, checksum included, so that another version can be told from damage

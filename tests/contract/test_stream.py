@@ -368,7 +368,7 @@ def test_a_page_that_is_damaged_at_its_source_is_named(build: BuildLink, setting
         handoff.ready(group, 300)
     error = world.finish(handoff)
     assert isinstance(error, CorruptKv if setting.mode == "push" else Unavailable)
-    assert "blocks [2], layer group 1" in error.message
+    assert "block 2, layer group 1" in error.message
     assert not isinstance(error, CorruptKv) or error.blocks == [2]
     assert world.remote.ready(1)[1] <= 128
 
