@@ -284,8 +284,8 @@ def _store_notes(store: cluster_pb2.StorePages) -> list[str]:
     """What is worth a line below a store's pages: its disk, its pins, and what it has met."""
     counts = (
         "disk_blocks", "disk_bytes", "disk_hits", "disk_corrupt_files", "disk_write_failures",
-        "disk_read_failures", "corrupt_cached", "headers_repaired", "leases_expired",
-        "pages_quarantined",
+        "disk_read_failures", "corrupt_cached", "corrupt_messages", "headers_repaired",
+        "leases_expired", "pages_quarantined",
     )  # fmt: skip
     notes = [f"{name} {n}" for name in counts if (n := getattr(store, name))]
     if store.disk_paused:

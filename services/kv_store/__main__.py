@@ -39,7 +39,10 @@ async def _sweep(store: KvStore) -> None:
 def _disk(settings: KvStoreConfig, store: KvStore) -> DiskTier | None:
     if not settings.disk_dir:
         return None
-    return DiskTier(Path(settings.disk_dir), store.arena, settings.disk_bytes)
+    return DiskTier(
+        Path(settings.disk_dir), store.arena, settings.disk_bytes,
+        keep_halves="halves" in settings.unsafe,
+    )  # fmt: skip
 
 
 async def _write_back(writer: WriteBack, store: KvStore) -> None:

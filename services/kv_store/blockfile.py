@@ -35,6 +35,7 @@ class BlockFiles:
 
     directory: Path
     arena: Arena
+    keep_halves: bool = False  # control: what a failed write has left behind stays
 
     @property
     def file_bytes(self) -> int:
@@ -81,7 +82,8 @@ class BlockFiles:
                 file.write(_TAIL.pack(_crc(parts)))
             unfinished.rename(path)
         except OSError:
-            unfinished.unlink(missing_ok=True)
+            if not self.keep_halves:
+                unfinished.unlink(missing_ok=True)
             raise
 
     def read(self, key: bytes, block: int) -> None:

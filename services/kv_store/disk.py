@@ -88,10 +88,10 @@ class DiskTier:
 
     def __init__(
         self, directory: Path, arena: Arena, disk_bytes: int, *, executor: Executor | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, keep_halves: bool = False,
     ) -> None:  # fmt: skip
         """Takes up what lies in `directory`. Raises ConfigError when it cannot be used."""
-        self.files = BlockFiles(directory, arena)
+        self.files = BlockFiles(directory, arena, keep_halves)
         blocks_max = disk_bytes // self.files.file_bytes
         if blocks_max < 1:
             raise ConfigError(f"disk_bytes: {disk_bytes} is less than one block on disk")

@@ -39,6 +39,15 @@ class Endpoint:
         self.receiver.tick()
         return took == MESSAGES_PER_TURN
 
+    @property
+    def corrupt(self) -> int:
+        """Messages that came damaged: the header of a request or of an answer, or rows of pages."""
+        return (
+            self.receiver.counts.corrupt_headers
+            + self.receiver.landing.damaged
+            + self.client.damaged
+        )
+
     def close(self) -> None:
         self.client.close()
         self._medium.close()

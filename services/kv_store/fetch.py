@@ -68,7 +68,7 @@ class KeyFetch(Exchange):
         self._todo: deque[_Piece] = deque()
         self._missing: set[_Piece] = set()
         self._have = np.zeros((arena.layout.groups, len(keys)), bool)
-        self._damaged = 0
+        self.damaged = 0
 
     @property
     def leading(self) -> int:
@@ -147,8 +147,8 @@ class KeyFetch(Exchange):
             self._stage = _RETURN
 
     def _again(self, piece: _Piece) -> None:
-        self._damaged += 1
-        if self._damaged >= DAMAGED_MAX:
+        self.damaged += 1
+        if self.damaged >= DAMAGED_MAX:
             self.fail(CorruptKv(f"fetch: {DAMAGED_MAX} messages came damaged"))
         self._todo.appendleft(piece)
 
@@ -175,6 +175,7 @@ class PeerCaches:
     poke: Callable[[], None]
     clock: Callable[[], float] = time.monotonic
     blocks_fetched: int = 0
+    corrupt: int = 0  # messages that came damaged
     _shunned: dict[str, float] = field(default_factory=dict)  # address -> until when
 
     def at(self, addresses: Sequence[str]) -> PeerSource:
@@ -200,6 +201,7 @@ class PeerCaches:
             self._shunned[address] = self.clock() + SHUN_S
             _logger.warning("fetch failed", peer=address, reason=exchange.error.message)
         self.blocks_fetched += exchange.leading
+        self.corrupt += exchange.damaged
         return exchange.leading
 
 

@@ -61,6 +61,7 @@ class Ingest:
             verify="wire" not in config.unsafe,
         )  # fmt: skip
         self.peers = PeerCaches(store.arena, self.endpoint.client, self._medium.wake)
+        store.corrupt_messages = lambda: self.corrupt
 
     def _bind(self, listen: str) -> ZmqListener:
         """Binds, if `listen` leaves the port open to the one that the store before this one had:
@@ -74,6 +75,11 @@ class Ingest:
         listener = self._medium.listen(listen)
         remembered.write_text(listener.address)
         return listener
+
+    @property
+    def corrupt(self) -> int:
+        """Messages of the stream that came damaged, and were or will be sent again."""
+        return self.endpoint.corrupt + self.peers.corrupt
 
     async def run(self) -> None:
         """Takes messages until cancelled."""

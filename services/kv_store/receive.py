@@ -80,6 +80,7 @@ class Counts:
 
     messages: int = 0
     refused: dict[str, int] = field(default_factory=dict)  # by name of the code
+    corrupt_headers: int = 0  # of messages that were refused for it
     content_bytes: int = 0
 
 
@@ -106,6 +107,7 @@ class Receiver:
         try:
             message = unpack(frames[0] if frames else b"")
         except CorruptKv as error:  # whose it was cannot be told: its sender will ask
+            self.counts.corrupt_headers += 1
             self._refuse(peer, Message(), Code.CORRUPT, error.message)
             return
         except BatonError as error:

@@ -23,6 +23,7 @@ def pages(store: KvStore, address: str) -> cluster_pb2.StorePages:
         corrupt_cached=store.counts.corrupt_cached,
         headers_repaired=store.counts.headers_repaired,
         leases_expired=store.counts.leases_expired,
+        corrupt_messages=store.corrupt_messages(),
         pages_pinned=sum(key in state.index.blocks for key in state.pins) * groups,
         pins=_pins(store),
         **(store.disk.report() if store.disk else {}),

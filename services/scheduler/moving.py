@@ -104,6 +104,8 @@ class Moving:
             return  # its report is on its way, or it is found to be lost
         gone = "" if DECODE in request.left else decode  # one that has refused may have it again
         successor = books.policy.successor(books.view(), request.decode_store, gone)
+        if successor is None and present and not request.moving and self._hasty:
+            successor = decode  # control: suspicion alone takes the stream away
         if successor is None:
             return  # only death or a ready successor bumps the epoch; a death waits for a restart
         if present:
@@ -116,6 +118,10 @@ class Moving:
         request.moving[DECODE] = Move(epoch, successor, request.damage)
         message = orders.reassign(request, DECODE, epoch, successor, request.decode_store)
         books.call(request.request_id, request.decode_store, "Reassign", message)
+
+    @property
+    def _hasty(self) -> bool:
+        return "suspicion" in self._books.config.unsafe
 
     def _ensure_prefill(self, request: Request) -> None:
         books, prefill = self._books, request.prefill_worker
