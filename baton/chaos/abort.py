@@ -13,7 +13,7 @@ from baton.chaos.asks import read_corpus
 from baton.chaos.footprint import Footprint, grown
 from baton.chaos.lab import Lab
 from baton.chaos.report import Control
-from baton.chaos.session import Session, say
+from baton.chaos.session import Session
 from baton.chaos.stages import STAGES
 from baton.chaos.storm import CANCEL, DISCONNECT, ORPHAN_MS, RETAIN_MS, SETTLE_S, Left, Storm
 
@@ -53,15 +53,11 @@ def controls(session: Session) -> list[Control]:
     found = []
     for counter, (unsafe, left) in CONTROLS.items():
         storm = perform(session, CONTROL_REQUESTS, unsafe)
-        found.append(_control(counter, unsafe, CONTROL_REQUESTS, getattr(storm.left, left)))
+        count = getattr(storm.left, left)
+        found.append(session.control(counter, unsafe, CONTROL_REQUESTS, count))
     storm = perform(session, 0, ("orphan",))
-    found.append(_control("leaked_streams", ("orphan",), ABANDONED, storm.left.streams))
+    found.append(session.control("leaked_streams", ("orphan",), ABANDONED, storm.left.streams))
     return found
-
-
-def _control(counter: str, unsafe: tuple[str, ...], requests: int, count: int) -> Control:
-    say(f"control --unsafe={','.join(unsafe)}: {counter} {count}")
-    return Control(counter, f"--unsafe={','.join(unsafe)}", requests, count)
 
 
 def summary(session: Session, storm: Storm, found: Sequence[Control]) -> dict[str, Any]:

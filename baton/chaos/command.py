@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
 
-from baton.chaos import abort, corruption, full_disk
+from baton.chaos import abort, corruption, full_disk, network
 from baton.chaos.asks import read_corpus
 from baton.chaos.corrupt import WHERE
 from baton.chaos.failures import GUARDS, GUARDS_OF_ALL, ROWS, row_of, schedule_rows
@@ -19,12 +21,14 @@ from baton.chaos.report import ZEROS
 from baton.chaos.scenario import Scenario
 from baton.chaos.session import Session, Settings, say
 from baton.cluster import default_model
+from services.ops.errors import BatonError
 
 SETS = {
     "decode-kill": (tuple(DECODE_KILL), "SIGKILL decodes in the middle of several streams"),
     "prefill-kill": (tuple(PREFILL_KILL), "SIGKILL prefill while it computes prompts"),
     "zombie": (tuple(ZOMBIE), "pause a decode until it is replaced, then wake it"),
 }
+INTERRUPTED = 130  # the exit status, as of a shell whose command got SIGINT
 RUNS = {"decode-kill": 100, "prefill-kill": 8, "zombie": 5}
 
 
@@ -37,17 +41,31 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     say(f"baton chaos {options.command} --seed {settings.seed}")
     try:
-        with Session(settings) as session:
+        with _told_to_stop(), Session(settings) as session:
             summary: dict[str, Any] = options.perform(session, options)
             session.good = not summary["problems"]
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, BatonError) as error:
         say(f"baton chaos: {error}")
         return 1
+    except KeyboardInterrupt:
+        say("baton chaos: stopped before its end")
+        return INTERRUPTED
     if options.json:
         print(json.dumps(summary), flush=True)
     else:
         options.show(summary)
     return 1 if summary["problems"] else 0
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """SIGTERM does what SIGINT does: clusters, mounts and namespaces are removed on the way out. A
+    second one ends it at once, and the next command clears up."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _seed(options: argparse.Namespace) -> int:
@@ -74,7 +92,11 @@ def _set(session: Session, options: argparse.Namespace) -> dict[str, Any]:
 def _all(session: Session, options: argparse.Namespace) -> dict[str, Any]:
     """Every row of the table of failures."""
     seed = session.settings.seed
-    order = schedule_rows(options.row or tuple(ROWS), options.seeds, seed)
+    session.skipped = skipped_rows()
+    for row, why in session.skipped.items():
+        say(f"row {row} is skipped: {why}")
+    rows = [row for row in options.row or tuple(ROWS) if row not in session.skipped]
+    order = schedule_rows(rows, options.seeds, seed)
     session.results = session.perform(_drawn(session, [name for name in order if name in PLANS]))
     for where in dict.fromkeys(name for name in order if name in WHERE):
         damages = corruption.perform(session, where, range(order.count(where)))
@@ -82,9 +104,19 @@ def _all(session: Session, options: argparse.Namespace) -> dict[str, Any]:
     if full := order.count(full_disk.ROW):
         session.results += full_disk.perform(session, range(full))
     if options.controls:
-        session.run_controls(GUARDS_OF_ALL, seed, len(order))
-        session.controls.append(corruption.control(session))
+        guards = {
+            name: guard for name, guard in GUARDS_OF_ALL.items()
+            if row_of(guard.scenario) not in session.skipped
+        }  # fmt: skip
+        session.run_controls(guards, seed, len(order))
+        session.controls += [corruption.control(session), full_disk.control(session)]
     return session.summary(row_of)
+
+
+def skipped_rows() -> dict[str, str]:
+    """Rows of the table that this machine cannot perform, and why."""
+    why = network.why_not()
+    return {"hosts": why} if why else {}
 
 
 def _drawn(session: Session, order: Sequence[str]) -> list[Scenario]:
@@ -101,7 +133,9 @@ def _corrupt(session: Session, options: argparse.Namespace) -> dict[str, Any]:
         damages += corruption.perform(
             session, where, numbers, lambda found: sum(d.flips for d in found) >= share
         )
-    controls = [corruption.control(session)] if options.controls else []
+    controls = []
+    if options.controls:
+        controls = [corruption.control(session), corruption.wire_control(session)]
     return corruption.summary(session, damages, controls)
 
 
@@ -199,6 +233,8 @@ def _show(summary: dict[str, Any]) -> None:
             f"{name:<24} {row['runs']:>4} runs {row['interrupted_streams']:>4} streams interrupted, "
             f"stall p50 {pause['p50']} p99 {pause['p99']} ms, {row['failures']} failed"
         )
+    for name, why in summary["skipped"].items():
+        print(f"{name:<24} skipped: {why}")
     for name in ZEROS:
         print(f"{name:<24} {summary[name]:>4}")
     for name in ("stall_ms", "stall_ms_of_the_same_runs", "reprefill_ms"):
@@ -210,7 +246,7 @@ def _show_corrupt(summary: dict[str, Any]) -> None:
     for place, row in {**summary["where"], "all": summary}.items():
         print(
             f"{place:<10} {row['flips']:>5} flips, {row['mattering']:>5} of bytes that matter, "
-            f"{row['corrupt_blocks']:>5} blocks noticed, {row['blocks_repaired']:>5} repaired, "
+            f"{row['noticed']:>5} noticed, {row['blocks_repaired']:>5} repaired, "
             f"{row['tokens_recomputed_per_block']} tokens recomputed per block, "
             f"{row['wrong_answers']} wrong answers"
         )

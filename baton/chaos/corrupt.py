@@ -101,13 +101,30 @@ class Round:
         moved = {n: getattr(after.requests, n) - getattr(before.requests, n) for n in counters}
         moved["headers_mended"] = of_stores(after, "headers_repaired", before)
         moved["cached_dropped"] = of_stores(after, "corrupt_cached", before)
+        moved["corrupt_messages"] = of_stores(after, "corrupt_messages", before)
         parts = Counter(f.part for f in self._flips)
+        mattering, dropped = sum(f.matters for f in self._flips), 0
+        if self.where == "wire":
+            mattering, dropped = self._on_wire(parts)
         return Damage(
             self.where, self.number, flips=len(self._flips) + self._wire_flips,
-            mattering=sum(f.matters for f in self._flips), parts=tuple(sorted(parts.items())),
+            mattering=mattering, dropped=dropped, parts=tuple(sorted(parts.items())),
             verdict=verdict, trouble=trouble, streams=len(self.streams),
             stalls_ms=tuple(self._stalls_ms()), **moved,
         )  # fmt: skip
+
+    def _on_wire(self, parts: Counter[str]) -> tuple[int, int]:
+        """Of this round's damaged messages, how many mattered, and of how many nobody knows; as far as
+        the relay could read them."""
+        relay, layout = self._lab.link, self._arena(self._lab.spec.stores - 1).layout
+        assert relay is not None
+        found = relay.tally.take()
+        headers = found.headers + sum(tap.unread for tap in relay.taps)
+        parts["header"] += headers
+        for hit in found.hits:
+            parts.update("row_crc" if frame == 1 else "payload" for frame, _ in hit.flips)
+        mattering = sum(hit.matters(layout) for hit in found.hits) + headers
+        return mattering, found.dropped
 
     def _stalls_ms(self) -> list[float]:
         pauses = [
@@ -217,6 +234,7 @@ class Round:
         assert self._lab.link is not None
         flipper = self._lab.link.flipper
         assert flipper is not None
+        self._lab.link.tally.take()
         before = flipper.flipped
         flipper.arm(WIRE_FLIPS)
         asks = [self._ask(self._rng.randint(100, 450), 10) for _ in range(STREAMS)]

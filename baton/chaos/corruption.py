@@ -21,10 +21,11 @@ from baton.chaos.session import Session, say
 from baton.chaos.setups import SETUPS
 
 CONTROL_ROUNDS_MAX = 6
-UNSAFE = ("verify",)
+UNSAFE, UNSAFE_WIRE = ("verify",), ("wire",)
 _SUMS = (
-    "flips", "mattering", "corrupt_blocks", "headers_mended", "cached_dropped", "blocks_repaired",
-    "tokens_repaired", "repair_mismatches", "prompt_tokens_recomputed",
+    "flips", "mattering", "noticed", "corrupt_blocks", "corrupt_messages", "headers_mended",
+    "cached_dropped", "blocks_repaired", "tokens_repaired", "repair_mismatches",
+    "prompt_tokens_recomputed",
 )  # fmt: skip
 
 Enough = Callable[[Sequence[Damage]], bool]
@@ -44,7 +45,7 @@ async def _perform(
     seed, setup = session.settings.seed, SETUP_OF[where]
     corpus = read_corpus(session.settings.model)
     found: list[Damage] = []
-    with Lab(session.spec(setup, unsafe), SETUPS[setup].link, Random(seed)) as lab:
+    with Lab(session.spec(setup, unsafe), SETUPS[setup], Random(seed)) as lab:
         connection = lab.connect()
         for number in numbers:
             kind = DiskRound if where == "disk" else Round
@@ -53,7 +54,7 @@ async def _perform(
             )
             found.append(damage)
             say(
-                f"{damage.label} {damage.flips} flips, {damage.corrupt_blocks} blocks noticed, "
+                f"{damage.label} {damage.flips} flips, {damage.noticed} noticed, "
                 f"{damage.blocks_repaired} repaired, {damage.prompt_tokens_recomputed} prompt "
                 f"tokens recomputed: {damage.why()}"
             )
@@ -90,8 +91,14 @@ def control(session: Session, where: str = "announced") -> Control:
         session, where, range(CONTROL_ROUNDS_MAX), lambda ds: _verdict(ds).wrong_answers > 0, UNSAFE
     )
     count = _verdict(damages).wrong_answers
-    say(f"control --unsafe={','.join(UNSAFE)}: wrong_answers {count}")
-    return Control("wrong_answers", f"--unsafe={','.join(UNSAFE)}", len(damages), count)
+    return session.control("wrong_answers", UNSAFE, len(damages), count)
+
+
+def wire_control(session: Session) -> Control:
+    """Without verification on arrival damaged rows are taken; whoever reads them notices."""
+    damages = perform(session, "wire", range(1), unsafe=UNSAFE_WIRE)
+    count = sum(damage.mattering - damage.noticed for damage in damages)
+    return session.control("unnoticed", UNSAFE_WIRE, len(damages), count)
 
 
 def _verdict(damages: Iterable[Damage]) -> Verdict:

@@ -17,11 +17,14 @@ class Damage:
     where: str
     number: int
     flips: int = 0
-    mattering: int = 0  # flips of bytes that a reader relies on, each in a block of its own
+    mattering: int = 0  # flips of bytes that a reader relies on, each in a block of its own; on the
+    # wire: messages with such bytes
     parts: tuple[tuple[str, int], ...] = ()  # (payload, row_crc or header field, flips)
     corrupt_blocks: int = 0  # that prefill, decode or the tier on disk has found
     headers_mended: int = 0  # by the stores' scrub; of bytes that nobody reads, too
     cached_dropped: int = 0  # by it, before anybody wanted them
+    corrupt_messages: int = 0  # that the stores have found on arrival
+    dropped: int = 0  # messages with flips of which is not known whether they have arrived
     blocks_repaired: int = 0
     tokens_repaired: int = 0
     repair_mismatches: int = 0
@@ -31,6 +34,12 @@ class Damage:
     stalls_ms: tuple[float, ...] = ()  # from the flip on, of each stream that was hit
     verdict: Verdict = dataclasses.field(default_factory=Verdict)
     trouble: str = ""
+
+    @property
+    def noticed(self) -> int:
+        """Of what matters, what a reader, a receiver or the scrub has seen."""
+        on_wire = self.where == "wire"
+        return self.corrupt_messages if on_wire else self.corrupt_blocks + self.cached_dropped
 
     @property
     def label(self) -> str:
@@ -44,7 +53,12 @@ class Damage:
     def why(self) -> str:
         """What is wrong with it, for people."""
         parts = [] if self.verdict.clean else [self.verdict.story()]
-        if self.where != "wire" and not self._noticed():
+        if self.where == "wire" and not 0 <= self.noticed - self.mattering <= self.dropped:
+            parts.append(
+                f"{self.mattering} messages with bytes that matter, {self.noticed} noticed, "
+                f"{self.dropped} perhaps lost, flipped were {dict(self.parts)}"
+            )
+        if self.where != "wire" and not self._all_noticed():
             parts.append(
                 f"{self.mattering} bytes that matter, {self.corrupt_blocks} blocks noticed, "
                 f"{self.headers_mended} headers mended, {self.cached_dropped} blocks dropped, "
@@ -62,12 +76,9 @@ class Damage:
             parts.append(f"{again} prompt tokens computed again")
         return "; ".join([*parts, *([self.trouble] if self.trouble else [])]) or "clean"
 
-    def _noticed(self) -> bool:
+    def _all_noticed(self) -> bool:
         """Whether each byte that matters was, by a reader or the scrub. The store may have written a
         field of its own anew before anybody looked, with or without having seen that it was flipped."""
         parts = dict(self.parts)
         certain = self.mattering - sum(parts.get(field, 0) for field in OWN_FIELDS)
-        return (
-            certain <= self.corrupt_blocks + self.cached_dropped
-            and self.corrupt_blocks <= self.mattering
-        )
+        return certain <= self.noticed and self.corrupt_blocks <= self.mattering

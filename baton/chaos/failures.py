@@ -44,6 +44,11 @@ ROWS = {
          "prefill+scheduler", "decode+prefill"),
     ),
     "link-cut": Row("nothing passes between the two stores", ("link-placed", "link-token")),
+    "hosts": Row(
+        "processes on several hosts: two do not hear each other and do again, or one host is lost",
+        ("hosts-prefill-decode", "hosts-scheduler-prefill", "hosts-scheduler-decode",
+         "hosts-decode-alone", "hosts-prefill-lost", "hosts-decode-lost"),
+    ),
     "arena-full": Row(
         "more requests than pages, alone, with a decode killed, and with one paused",
         ("arena-full", "arena-full-decode", "arena-full-zombie"),
@@ -59,6 +64,7 @@ class Guard:
 
     unsafe: tuple[str, ...]
     scenario: str
+    counter: str = ""  # that must move; empty: the guard's name in the table
 
 
 GUARDS = {
@@ -70,6 +76,9 @@ GUARDS_OF_ALL = {
     **GUARDS,
     "leaked_pages": Guard(("quarantine",), "zombie"),
     "leaked_shm_files": Guard(("shm",), "random"),
+    "epochs_lost": Guard(("suspicion",), "silent"),
+    "leaked_pages, lease-expired": Guard(("lease",), "lease-expired", "leaked_pages"),
+    "duplicated, hosts": Guard(("dedupe",), "hosts-decode-alone", "duplicated"),
 }
 
 

@@ -16,22 +16,26 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from baton.chaos import report
 from baton.chaos.asks import PAGE_TOKENS, read_corpus
 from baton.chaos.corrupt import FILLED_S_MAX, until
 from baton.chaos.corrupt_disk import NEW_TOKENS, DiskRound
 from baton.chaos.damage import Damage
 from baton.chaos.judge import Verdict
 from baton.chaos.lab import POLL_S, Lab, of_stores
-from baton.chaos.report import Result
+from baton.chaos.report import Control, Result
 from baton.chaos.session import Session, say
 from baton.chaos.setups import SETUPS
 from baton.v1 import cluster_pb2
+from services.kv_store.blockfile import UNFINISHED
 
 ROW = "disk-full"
+UNSAFE = ("halves",)
 STREAMS, BLOCKS = 4, 3  # of each kind of prompt
 DISK_MIB = 256  # of the tmpfs below the tier
 BALLAST_BYTES = 1 << 20  # written at a time, then ever less
 FILE_BYTES_MAX = 100 << 10  # less than a block's file, where nothing can be mounted
+LOOKS = 10
 WRITING_S_MAX = 65.0  # the longest pause of a tier whose disk has failed, and a little more
 
 
@@ -87,6 +91,7 @@ class FullDiskRound(DiskRound):
     """One round in progress."""
 
     disk: Disk
+    _halves = 0
 
     async def _strike_all(self) -> None:
         tokens = PAGE_TOKENS * BLOCKS + 1
@@ -107,7 +112,7 @@ class FullDiskRound(DiskRound):
         await asyncio.gather(*tasks, self._follow_all(self._open(more)))
         await self._until_view(lambda view: self._moved(view, "disk_write_failures") > 0)
         await self._follow_all(self._open([*late, *written]))
-        self._full = await self._view()
+        self._full, self._halves = await self._view(), await self._half_files()
         self.disk.free(self._lab)
         after = self._ask(tokens, NEW_TOKENS)
         await self._follow_all(self._open([after]))
@@ -115,6 +120,17 @@ class FullDiskRound(DiskRound):
         await until(
             lambda: all(p.exists() for p in paths), "files once there is room", WRITING_S_MAX
         )
+
+    async def _half_files(self) -> int:
+        """Half-written files that stay on the full disk: one may be in the writing at any moment."""
+        counts = []
+        for _ in range(LOOKS):
+            counts.append(self._unfinished())
+            await asyncio.sleep(10 * POLL_S)
+        return min(counts)
+
+    def _unfinished(self) -> int:
+        return sum(1 for _ in Path(self._lab.spec.disk_dir).rglob(f"*{UNFINISHED}"))
 
     async def _until_view(self, condition: Callable[[cluster_pb2.ClusterView], bool]) -> None:
         end = time.monotonic() + FILLED_S_MAX
@@ -130,6 +146,7 @@ class FullDiskRound(DiskRound):
         self, before: cluster_pb2.ClusterView, after: cluster_pb2.ClusterView, verdict: Verdict,
         trouble: str,
     ) -> Damage:  # fmt: skip
+        verdict += Verdict(leaked_disk_files=self._halves)
         return Damage(
             self.where, self.number, verdict=verdict, streams=len(self.streams),
             stalls_ms=tuple(self._stalls_ms()), trouble=trouble or self._complaint(),
@@ -139,20 +156,26 @@ class FullDiskRound(DiskRound):
         """What the tier has not done as it should, or an empty string."""
         if not self._moved(self._full, "disk_hits"):
             return "nothing was read back from a disk that was full"
-        directory = Path(self._lab.spec.disk_dir)
-        halves = [path.name for path in directory.rglob("*.new")]
-        return f"unfinished files stay: {halves}" if halves else ""
+        return ""
 
 
-def perform(session: Session, numbers: Iterable[int]) -> list[Result]:
+def perform(session: Session, numbers: Iterable[int], unsafe: tuple[str, ...] = ()) -> list[Result]:
     """Rounds on one cluster."""
-    return asyncio.run(_perform(session, numbers))
+    return asyncio.run(_perform(session, numbers, unsafe))
 
 
-async def _perform(session: Session, numbers: Iterable[int]) -> list[Result]:
+def control(session: Session) -> Control:
+    """Without its guard a full disk keeps what could not be written."""
+    count = report.total(perform(session, range(1), UNSAFE)).leaked_disk_files
+    return session.control("leaked_disk_files", UNSAFE, 1, count)
+
+
+async def _perform(
+    session: Session, numbers: Iterable[int], unsafe: tuple[str, ...]
+) -> list[Result]:
     seed, corpus = session.settings.seed, read_corpus(session.settings.model)
-    spec, found = session.spec("disk"), []
-    with small_disk(Path(spec.disk_dir)) as disk, Lab(spec, SETUPS["disk"].link) as lab:
+    spec, found = session.spec("disk", unsafe), []
+    with small_disk(Path(spec.disk_dir)) as disk, Lab(spec, SETUPS["disk"]) as lab:
         connection = lab.connect()
         for number in numbers:
             work = FullDiskRound(lab, connection, ROW, seed, number, corpus)
@@ -162,7 +185,8 @@ async def _perform(session: Session, numbers: Iterable[int]) -> list[Result]:
             say(f"{damage.label}: {damage.why()}")
             found.append(_result(session, damage))
         await connection.close()
-    session.leaked_shm_files += lab.leaked_shm_files
+    if not unsafe:
+        session.leaked_shm_files += lab.leaked_shm_files
     return found
 
 

@@ -9,7 +9,11 @@ ends in `@` and the host. Memory is this machine's; hosts share none of it unles
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +43,22 @@ TWO_HOSTS = (
     HostPlan("s", ("scheduler",)),
     HostPlan("a", ("kv-store", "prefill")),
     HostPlan("b", ("kv-store", "decode"), decode=2),
+)
+# Each decode has a network of its own beside host b's store, so that it can be cut off alone.
+APART = (
+    HostPlan("s", ("scheduler",)),
+    HostPlan("a", ("kv-store", "prefill")),
+    HostPlan("b", ("kv-store",)),
+    HostPlan("b1", ("decode",), decode=1, arena_of="b"),
+    HostPlan("b2", ("decode",), decode=1, arena_of="b"),
+)
+# Of prefill and of decode, either host may be lost.
+SPARE = (
+    HostPlan("s", ("scheduler",)),
+    HostPlan("a", ("kv-store", "prefill")),
+    HostPlan("b", ("kv-store", "prefill")),
+    HostPlan("c", ("kv-store", "decode"), decode=1),
+    HostPlan("d", ("kv-store", "decode"), decode=1),
 )
 
 
@@ -86,6 +106,7 @@ class HostsHandle(SupervisorHandle):
         self, spec: ClusterSpec, network: Network, hosts: dict[str, SupervisorHandle]
     ) -> None:
         self.spec, self.network, self.hosts = spec, network, hosts
+        self._parts = {name: handle.spec for name, handle in hosts.items()}
         self.address = next(h.spec.listen for h in hosts.values() if "scheduler" in h.spec.roles)
 
     def state(self) -> dict[str, Any]:
@@ -97,10 +118,44 @@ class HostsHandle(SupervisorHandle):
             "processes": [entry for state in states for entry in state["processes"]],
         }
 
+    def host_of(self, process: str) -> str:
+        """A process's name ends in its host's."""
+        return process.rpartition("@")[2]
+
+    def hosts_of(self, role: str) -> list[str]:
+        """Those that are there and run this role."""
+        return [name for name, host in self.hosts.items() if role in host.spec.roles]
+
+    def arena_dirs(self) -> list[str]:
+        """Of every host that has a store, lost ones included, decode's last."""
+        stores = [part for part in self._parts.values() if "kv-store" in part.roles]
+        prefills_first = sorted(stores, key=lambda part: "prefill" not in part.roles)
+        return [part.arena_dir(0) for part in prefills_first]
+
+    def cut(self, ones: Sequence[str], others: Sequence[str]) -> None:
+        """Nothing passes between any of these hosts and any of those, until `network.heal()`."""
+        for one in ones:
+            for other in others:
+                self.network.partition(one, other)
+
     def lose(self, host: str) -> None:
-        """A host is gone for good: cut off first, so that nobody hears its last words."""
+        """A machine loses its power: it falls silent, everything on it dies at once, and what was in
+        its memory is gone. Its disk stays."""
         self.network.isolate(host)
-        self.hosts.pop(host).stop()
+        lost = self.hosts.pop(host)
+        processes = [entry["pid"] for entry in lost.state()["processes"] if entry["pid"]]
+        # The supervisor first: it would start the others again.
+        for pid in (lost.process.pid, *processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        lost.stop()
+        if "kv-store" in lost.spec.roles:
+            shutil.rmtree(lost.spec.arena_dir(0), ignore_errors=True)
+
+    def regain(self, host: str) -> None:
+        """A lost host is switched on again; `state()` tells when it is ready."""
+        part = self._parts[host]
+        self.hosts[host] = SupervisorHandle.launch(part, prefix=self.network.command(host))
 
     def stop(self) -> int:
         """Ends every host and the network; 0 when all ended well. Safe to call twice."""
@@ -135,4 +190,7 @@ def start_hosts(
     return HostsHandle(spec, network, hosts)
 
 
-__all__ = ["TWO_HOSTS", "HostPlan", "HostsHandle", "StartFailed", "host_specs", "start_hosts"]
+__all__ = [
+    "APART", "SPARE", "TWO_HOSTS", "HostPlan", "HostsHandle", "StartFailed", "host_specs",
+    "start_hosts",
+]  # fmt: skip

@@ -23,6 +23,7 @@ class Verdict:
     prompt_tokens_recomputed: int = 0
     leaked_pages: int = 0
     wrong_answers: int = 0  # streams that ended well with other tokens than the undisturbed run's
+    leaked_disk_files: int = 0  # half-written ones that stay
     epochs_lost: int = 0  # streams that were taken over although nobody could succeed their decode
 
     @property

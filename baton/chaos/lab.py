@@ -12,6 +12,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,7 +21,9 @@ from typing import Any
 
 import grpc
 
+from baton.chaos.hosts import HostsHandle, start_hosts
 from baton.chaos.link import Flipper, Relay
+from baton.chaos.setups import CABLE_MBIT_PER_S, SETUPS, Setup
 from baton.client import open_channel
 from baton.cluster import ClusterSpec
 from baton.handle import StartFailed, SupervisorHandle
@@ -29,6 +32,7 @@ from baton.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 VIEW_S = 2.0
 LEFTOVERS_S_MAX = 5.0
 LINK = "link"
+LOST = "host "  # before the name of one, among what has been stopped
 REST_S_MAX = 30.0
 POLL_S = 0.01
 FLIP_GAP_BYTES = 300_000  # between two flips on the wire, on average
@@ -43,28 +47,46 @@ class Death:
 
 
 class Lab:
-    """A running cluster; use as a context manager. With `linked`, what prefill's store sends to
-    decode's goes through `link`."""
+    """A running cluster; use as a context manager. What prefill's store sends to decode's goes
+    through `link` if the set-up has one; several hosts are behind one handle."""
 
-    def __init__(self, spec: ClusterSpec, linked: bool = False, rng: Random | None = None) -> None:
+    def __init__(
+        self, spec: ClusterSpec, setup: Setup = SETUPS["standard"], rng: Random | None = None
+    ) -> None:
         self._failpoints = spec.path / "failpoints"
         self._failpoints.mkdir(parents=True, exist_ok=True)
         self.spec = dataclasses.replace(spec, failpoints=str(self._failpoints))
         self.link: Relay | None = None
-        if linked:
+        if setup.link:
             self._lay_link(rng or Random(0))
-        self.handle = SupervisorHandle.start(self.spec)
+        self.handle = self._start(setup)
+        self.arenas = self._arena_dirs()
+        entries = self.handle.state()["processes"]
+        self._workers = sum(entry["role"] in ("prefill", "decode") for entry in entries)
         self._stopped: set[str] = set()
         self._wall_offset = time.time() - time.monotonic()
         self.leaked = 0  # pages that an earlier run has left behind
-        self._files = arena_files(self.spec)
+        self._files = arena_files(self.arenas)
         self.leaked_shm_files = 0  # known after the end
+
+    def _start(self, setup: Setup) -> SupervisorHandle:
+        if not setup.hosts:
+            return SupervisorHandle.start(self.spec)
+        handle = start_hosts(self.spec, setup.hosts)
+        handle.network.limit(CABLE_MBIT_PER_S)
+        return handle
+
+    def _arena_dirs(self) -> list[str]:
+        """Directories of all arenas, decode's last."""
+        if isinstance(self.handle, HostsHandle):
+            return self.handle.arena_dirs()
+        return [self.spec.arena_dir(store) for store in range(self.spec.stores)]
 
     def _lay_link(self, rng: Random) -> None:
         """Decode's store takes pages on a unix socket, and prefill is told the relay's address."""
         socket = f"{self.spec.run_dir}/ingest.sock"
         self.link = Relay(socket, Flipper(rng, FLIP_GAP_BYTES))
-        store = self.process_of("kv-store")
+        store = f"kv-store-{self.spec.stores - 1}"  # decode's
         options = (f"--ingest-listen=ipc://{socket}", f"--ingest-advertise={self.link.address}")
         more = tuple(f"{store}:{option}" for option in options)
         self.spec = dataclasses.replace(self.spec, extra=(*self.spec.extra, *more))
@@ -78,12 +100,15 @@ class Lab:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.revive()
-        files = self._leftovers()
-        self.handle.stop()
-        self.leaked_shm_files = len(files) + len(arena_files(self.spec))
-        for store in range(self.spec.stores):  # the control without the guard leaves them
-            shutil.rmtree(self.spec.arena_dir(store), ignore_errors=True)
+        files: set[str] = set()
+        try:
+            self.revive()
+            files = self._leftovers()
+        finally:
+            self.handle.stop()
+        self.leaked_shm_files = len(files) + len(arena_files(self.arenas))
+        for directory in self.arenas:  # the control without the guard leaves them
+            shutil.rmtree(directory, ignore_errors=True)
         if self.link is not None:
             self.link.close()
 
@@ -93,8 +118,7 @@ class Lab:
         end = time.monotonic() + LEFTOVERS_S_MAX
         while True:  # bounded by the deadline
             known = {name for name in self._files if "/locks/" not in name}
-            extra = arena_files(self.spec) - known
-            workers = self.spec.prefill + self.spec.decode
+            extra, workers = arena_files(self.arenas) - known, self._workers
             locks = {name for name in extra if "/locks/" in name}
             if (extra == locks and len(locks) <= workers) or time.monotonic() > end:
                 return (extra - locks) | set(sorted(locks)[workers:])
@@ -128,15 +152,35 @@ class Lab:
         """The process of a role that has only one, as far as decode is concerned."""
         if role == LINK:
             return LINK
+        if isinstance(self.handle, HostsHandle):
+            return self.handle.names(role)[0]
         if role == "kv-store":
-            return f"kv-store-{self.spec.stores - 1}"  # decode's
+            return f"kv-store-{self.spec.stores - 1}"  # that of decode
         return "prefill-0" if role == "prefill" else role
 
-    def cut(self) -> None:
-        """Breaks the link, until `revive()`."""
-        assert self.link is not None, "this cluster has no link"
-        self.link.cut()
+    def cut(self, between: str = "", owner: str = "") -> None:
+        """Breaks the link, or that `between` two roles' hosts, until `revive()`. `owner`: the process
+        that the role of this name stands for."""
         self.note_stopped(LINK)
+        if not between:
+            assert self.link is not None, "this cluster has no link"
+            self.link.cut()
+            return
+        hosts = self._hosts
+        one, other = between.split("/")
+        others = [hosts.host_of(owner)] if other == "owner" else hosts.hosts_of(other)
+        hosts.cut(hosts.hosts_of(one), others)
+
+    @property
+    def _hosts(self) -> HostsHandle:
+        assert isinstance(self.handle, HostsHandle), "this cluster is on one machine"
+        return self.handle
+
+    def lose(self, process: str) -> None:
+        """Switches off the machine that this process runs on, until `revive()`."""
+        host = self._hosts.host_of(process)
+        self._hosts.lose(host)
+        self.note_stopped(LOST + host)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         """Signals a process; one that is between two lives has died already."""
@@ -150,11 +194,16 @@ class Lab:
         self._stopped.add(name)
 
     def revive(self) -> None:
-        """Wakes whatever was stopped, and mends the link."""
+        """Wakes whatever was stopped, switches lost hosts on again, and mends the links."""
         stopped, self._stopped = self._stopped, set()
         if LINK in stopped and self.link is not None:
             self.link.heal()
-        for name in stopped - {LINK}:
+        lost = {name for name in stopped if name.startswith(LOST)}
+        if stopped and isinstance(self.handle, HostsHandle):
+            self.handle.network.heal()
+        for name in sorted(lost):
+            self._hosts.regain(name.removeprefix(LOST))
+        for name in stopped - lost - {LINK}:
             with contextlib.suppress(StartFailed, ProcessLookupError):
                 self.handle.kill(name, signal.SIGCONT)
 
@@ -166,7 +215,10 @@ class Lab:
 
     def trouble(self, view: cluster_pb2.ClusterView) -> str:
         """Why the cluster is not at rest, or an empty string."""
-        entries = {e["name"]: e for e in self.handle.state()["processes"]}
+        try:
+            entries = {e["name"]: e for e in self.handle.state()["processes"]}
+        except StartFailed as error:  # a host that has just been switched on
+            return error.message
         if missing := [name for name, e in entries.items() if not e["ready"]]:
             return f"{', '.join(missing)} not ready"
         workers = {w.name: w for w in view.workers}
@@ -181,7 +233,7 @@ class Lab:
             return f"{view.requests.running + view.requests.waiting} requests not ended"
         pids = {entry["pid"] for entry in entries.values()}
         here = [store for store in view.stores if store.reachable and store.pid in pids]
-        if len(here) != self.spec.stores:
+        if len(here) != len(self.arenas):
             return "a store is away"
         return self._leak(view)
 
@@ -194,9 +246,9 @@ class Lab:
         return "still there: " + ", ".join(f"{k} {n}" for k, n in counts.items() if n)
 
 
-def arena_files(spec: ClusterSpec) -> set[str]:
-    """Everything that lies in the cluster's arena directories now, and the directories."""
-    roots = [Path(spec.arena_dir(store)) for store in range(spec.stores)]
+def arena_files(directories: Sequence[str]) -> set[str]:
+    """Everything that lies in a cluster's arena directories now, and the directories."""
+    roots = [Path(directory) for directory in directories]
     found = [path for root in roots if root.exists() for path in (root, *root.rglob("*"))]
     return {str(path) for path in found}
 

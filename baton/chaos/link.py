@@ -1,8 +1,8 @@
 """The link between two stores as something that can be broken: a relay for one TCP connection after
 another, which can be cut, healed, and told to flip bytes of what it carries.
 
-It knows ZeroMQ's framing (ZMTP 3.x, rfc.zeromq.org/spec/23), so that a flip hits a message's bytes and
-not the length before them; it does not know what the messages mean.
+It knows ZeroMQ's framing, so that a flip hits a message's bytes and not the length before them. What the
+messages mean, and whether a flip has mattered, is for `tap` to say.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-GREETING_BYTES = 64
+from baton.chaos.tap import SHORT_BYTES, Bodies, Span, Tally, Tap
+
 CHUNK_BYTES = 1 << 16
-SHORT_BYTES = 1024  # headers and row checksums are shorter, pages longer
-_LONG, _COMMAND = 0x02, 0x04
 
 
 class Link(Protocol):
@@ -30,51 +29,6 @@ class Link(Protocol):
     def heal(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-class Span(NamedTuple):
-    """The part [begin, end) of a chunk; it belongs to a body of `body_bytes`."""
-
-    begin: int
-    end: int
-    body_bytes: int
-
-
-class Bodies:
-    """Finds the message bytes in one direction of a ZMTP connection, over any cut into chunks.
-
-    [ greeting | flags, length, body | flags, length, body | ... ]
-    """
-
-    def __init__(self) -> None:
-        self._head = b""
-        self._left = self._length = GREETING_BYTES
-        self._is_body = False
-
-    def spans(self, data: bytes | bytearray) -> list[Span]:
-        """The parts of `data` that are bodies of messages, not of commands."""
-        found: list[Span] = []
-        at = 0
-        while at < len(data):
-            if self._left:
-                end = min(len(data), at + self._left)
-                if self._is_body:
-                    found.append(Span(at, end, self._length))
-                self._left -= end - at
-                at = end
-                continue
-            self._head += data[at : at + 1]
-            at += 1
-            self._begin_frame()
-        return found
-
-    def _begin_frame(self) -> None:
-        flags, length_bytes = self._head[0], 8 if self._head[0] & _LONG else 1
-        if len(self._head) <= length_bytes:
-            return
-        self._left = self._length = int.from_bytes(self._head[1:], "big")
-        self._is_body = not flags & _COMMAND
-        self._head = b""
 
 
 class Flipper:
@@ -98,11 +52,12 @@ class Flipper:
         self._gap_bytes = self._rng.randrange(2 * self._mean_gap_bytes)
         self._short = self._rng.random() < 0.5
 
-    def apply(self, data: bytearray, spans: Sequence[Span]) -> None:
-        """Changes `data` in place."""
+    def apply(self, data: bytearray, spans: Sequence[Span]) -> list[tuple[Span, int]]:
+        """Changes `data` in place; gives where."""
+        changed: list[tuple[Span, int]] = []
         for span in spans:
             if not self.left:
-                return
+                break
             room = span.end - span.begin
             if self._gap_bytes >= room or (self._short and span.body_bytes > SHORT_BYTES):
                 self._gap_bytes = max(0, self._gap_bytes - room)
@@ -111,7 +66,9 @@ class Flipper:
             data[at] ^= self._rng.randrange(1, 256)
             self.left, self.flipped = self.left - 1, self.flipped + 1
             self.flipped_short += span.body_bytes <= SHORT_BYTES
+            changed.append((span, at))
             self._draw()
+        return changed
 
 
 class Relay:
@@ -121,6 +78,8 @@ class Relay:
         self._target, self.flipper = target, flipper
         self._open = threading.Event()
         self._open.set()
+        self.tally = Tally()
+        self.taps: set[Tap] = set()  # of the connections that are open
         self._pipes: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         started: threading.Event = threading.Event()
@@ -176,9 +135,11 @@ class Relay:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         back_reader, back_writer = await asyncio.open_unix_connection(self._target)
+        tap = Tap(self.tally)
+        self.taps.add(tap)
         pipes = [
-            asyncio.ensure_future(self._forward(reader, back_writer, self.flipper)),
-            asyncio.ensure_future(self._forward(back_reader, writer, None)),
+            asyncio.ensure_future(self._forward(reader, back_writer, tap, asked=True)),
+            asyncio.ensure_future(self._forward(back_reader, writer, tap, asked=False)),
         ]
         try:
             await asyncio.wait(pipes, return_when=asyncio.FIRST_COMPLETED)
@@ -186,19 +147,23 @@ class Relay:
             for pipe in pipes:
                 pipe.cancel()
             await asyncio.gather(*pipes, return_exceptions=True)
+            self.taps.discard(tap)
+            tap.close()
             back_writer.transport.abort()
 
     async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flipper: Flipper | None
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tap: Tap, *, asked: bool
     ) -> None:
-        """One direction, until its end. While the link is cut, what comes is lost."""
+        """One direction, until its end; bytes are flipped in what is `asked` of the store. While the
+        link is cut, what comes is lost."""
         bodies = Bodies()
         while data := await reader.read(CHUNK_BYTES):
             if not self._open.is_set():
                 continue
-            changed = bytearray(data)
-            spans = bodies.spans(changed)
-            if flipper is not None:
-                flipper.apply(changed, spans)
+            changed, spans = bytearray(data), bodies.spans(data)
+            if not asked:
+                tap.answered(data, spans)
+            else:
+                tap.asked(data, spans, self.flipper.apply(changed, spans) if self.flipper else ())
             writer.write(changed)
             await writer.drain()

@@ -131,6 +131,7 @@ class Network:
             [*self.command(""), sys.executable, "-m", "baton.chaos.switch", json.dumps(setup)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,  # what a terminal's Ctrl-C says is not for it
         )
         self._answer()
 

@@ -184,6 +184,35 @@ def _cut(trigger: str) -> Planner:
     return plan
 
 
+def _parted(between: str, trigger: str, ms_min: int = 100, ms_max: int = 2500) -> Planner:
+    """Two hosts do not hear each other for a while: from before they have noticed to long after."""
+
+    def plan(rng: Random, corpus: Corpus) -> Plan:
+        pause_ms = rng.randint(ms_min, ms_max)
+        cut: dict[str, Any] = {
+            "victim": "link", "signal": "CUT", "between": between, "pause_ms": pause_ms,
+        }  # fmt: skip
+        if trigger == "token":
+            return _in_the_middle(**cut)(rng, corpus)
+        asks, _ = _while_prefilling("prefill")(rng, corpus)
+        return asks, Crash(trigger, **cut)
+
+    return plan
+
+
+def _host_lost(rng: Random) -> dict[str, Any]:
+    """For good, as far as these requests are concerned, or for a while in which it starts anew."""
+    return {"signal": "LOSE", "pause_ms": rng.choice((0, rng.randint(200, 2000)))}
+
+
+def _prefill_host_lost(rng: Random, corpus: Corpus) -> Plan:
+    return _new_work("prefill", **_host_lost(rng))(rng, corpus)
+
+
+def _decode_host_lost(rng: Random, corpus: Corpus) -> Plan:
+    return _in_the_middle(**_host_lost(rng))(rng, corpus)
+
+
 def _crowd(rng: Random, corpus: Corpus) -> list[Ask]:
     """More at once than a small arena holds."""
     return [ask(rng, corpus, rng.randint(200, 500), new_min=100) for _ in range(12)]
@@ -254,6 +283,16 @@ ELSEWHERE: dict[str, dict[str, Planner]] = {
     "short-lease": {"lease-expired": _unrenewed},
     "two-prefills": {"prefill-mid-chunk": _in_a_chunk, "prefill-paused": _prefill_paused},
     "linked": {"link-placed": _cut("placed"), "link-token": _cut("token")},
+    "hosts": {
+        "hosts-prefill-decode": _parted("prefill/decode", "placed"),
+        "hosts-scheduler-prefill": _parted("scheduler/prefill", "placed"),
+        "hosts-scheduler-decode": _parted("scheduler/decode", "token"),
+    },
+    "hosts-apart": {"hosts-decode-alone": _parted("scheduler/owner", "token", 2 * SUSPECT_MS)},
+    "hosts-spare": {
+        "hosts-prefill-lost": _prefill_host_lost,
+        "hosts-decode-lost": _decode_host_lost,
+    },
     "small-arena": {
         "arena-full": _pressure,
         "arena-full-decode": _in_a_crowd(),

@@ -17,7 +17,7 @@ class ReferenceProcess:
     def __init__(self, model: str) -> None:
         command = [sys.executable, "-m", "services.engine.reference", "--model", model]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
         self._known: dict[Ask, list[int]] = {}
 

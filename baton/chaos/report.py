@@ -14,7 +14,7 @@ from typing import Any
 from baton.chaos.judge import Verdict
 
 COUNTS = ("lost", "duplicated", "mismatched", "prompt_tokens_recomputed", "wrong_answers")
-ZEROS = (*COUNTS, "leaked_pages", "leaked_shm_files")
+ZEROS = (*COUNTS, "epochs_lost", "leaked_pages", "leaked_disk_files", "leaked_shm_files")
 
 
 @dataclass(frozen=True)

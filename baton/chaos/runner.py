@@ -11,14 +11,16 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.chaos.flip import find_stream, open_arena
+from baton.chaos.flip import announced, find_stream, open_arena
 from baton.chaos.judge import PromptWork, stall_s
 from baton.chaos.lab import POLL_S, Connection, Death, Lab, of_stores, pages_in_use, rest
 from baton.chaos.scenario import Scenario
+from baton.chaos.setups import SHORT_LEASE_MS
 from baton.chaos.streams import Stream, follow
 from baton.v1 import cluster_pb2
 
 ON_ITS_WAY_S = 0.2
+RELEASED_S_MAX = 5 * SHORT_LEASE_MS / 1e3  # for streams that nobody renews
 _SIGNALS = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
 
 
@@ -153,12 +155,12 @@ class Run:
 
     def _victim(self) -> str:
         crash, owners = self.scenario.crash, self.outcome.owners
-        if crash.victim not in ("owner", "busiest"):
+        if crash.victim not in ("owner", "busiest") and crash.between != "scheduler/owner":
             return self._lab.process_of(crash.victim)
         live = [s.request_id for s in self.streams if not s.over and s.request_id in owners]
         busiest = Counter(owners[request_id] for request_id in live).most_common(1)
         chosen = owners.get(self.streams[crash.stream].request_id)
-        if crash.victim == "owner" and chosen:
+        if crash.victim != "busiest" and chosen:
             return chosen
         return busiest[0][0] if busiest else "decode-0"
 
@@ -184,11 +186,14 @@ class Run:
         names = [victim, self._lab.process_of(crash.also)] if crash.also else [victim]
         now = time.monotonic()
         if crash.signal == "CUT":
-            self._lab.cut()
-        for name in names if crash.signal != "CUT" else ():
-            self._lab.signal(name, _SIGNALS[crash.signal])
+            self._lab.cut(crash.between, victim)
+        elif crash.signal == "LOSE":
+            self._lab.lose(victim)
+        else:
+            for name in names:
+                self._lab.signal(name, _SIGNALS[crash.signal])
         self.outcome.deaths.extend(Death(name, now) for name in names)
-        if crash.signal in ("STOP", "CUT"):
+        if crash.signal in ("STOP", "CUT") or (crash.signal == "LOSE" and crash.pause_ms):
             self._help(self._revive())
 
     async def _revive(self) -> None:
@@ -199,7 +204,9 @@ class Run:
             self._lab.revive()
             return
         if self.scenario.crash.expires:
-            await _until(self._released)
+            end = time.monotonic() + RELEASED_S_MAX
+            await _until(lambda: not self._unreleased() or time.monotonic() > end)
+            self.outcome.leaked_pages = self._unreleased()
             self._lab.revive()
             return
         await asyncio.sleep(ON_ITS_WAY_S)  # what it had sent before it was stopped
@@ -217,11 +224,12 @@ class Run:
             self.outcome.quarantined = sum(s.pages_quarantined for s in view.stores)
         self._lab.revive()
 
-    def _released(self) -> bool:
-        """Whether no store holds any of these streams any more."""
-        arenas = [open_arena(self._lab.spec.arena_dir(n)) for n in range(self._lab.spec.stores)]
+    def _unreleased(self) -> int:
+        """Pages that the stores still hold for these streams."""
+        arenas = [open_arena(directory) for directory in self._lab.arenas]
         ours = [stream.request_id for stream in self.streams]
-        return not any(find_stream(arena, name) for arena in arenas for name in ours)
+        found = [(arena, find_stream(arena, name)) for arena in arenas for name in ours]
+        return sum(len(announced(r)) * a.layout.groups for a, r in found if r is not None)
 
     async def _watch(self) -> None:
         """Waits for the failpoint that is the crash."""
@@ -246,7 +254,7 @@ class Run:
             self.outcome.trouble = self.outcome.trouble or "no view"
             return
         pages = pages_in_use(after)
-        self.outcome.leaked_pages = max(0, pages - self._lab.leaked)
+        self.outcome.leaked_pages += max(0, pages - self._lab.leaked)
         self._lab.leaked = pages
         lived = before.scheduler_pid == after.scheduler_pid
         base = before.requests if lived else cluster_pb2.RequestCounts()

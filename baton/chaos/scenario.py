@@ -15,7 +15,8 @@ FORMAT = 1
 TRIGGERS = ("token", "placed", "failpoint", "pressure")
 ROLES = ("kv-store", "scheduler", "prefill")
 VICTIMS = ("owner", "busiest", "link", *ROLES)
-SIGNALS = ("KILL", "STOP", "CUT")
+SIGNALS = ("KILL", "STOP", "CUT", "LOSE")
+LINKS = ("prefill/decode", "scheduler/prefill", "scheduler/decode", "scheduler/owner")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class Crash:
     index: int | None = None
     point: str = ""
     victim: str = "owner"  # of request `stream`; or the decode with most requests; or a role
-    signal: str = "KILL"  # or STOP; CUT is for the link between prefill's and decode's stores
+    signal: str = "KILL"  # or STOP; CUT is for a link; LOSE takes the victim's whole host
+    between: str = ""  # of a CUT over hosts: one of LINKS; empty: a link that the set-up has
     also: str = ""  # the role of a process that dies in the same moment
     then: str = ""  # a failpoint for whoever takes over, armed with the first death
     pause_ms: int = 0  # of a STOP or a CUT; 0: until another process has taken over
+    # of a LOSE: until the host is switched on again; 0: at the end
     expires: bool = False  # a STOP lasts until the store has released what nobody renews
     keeps_epoch: bool = False  # nobody can succeed the victim: no stream may be taken over
 
@@ -62,6 +65,7 @@ class Crash:
             ("victim", self.victim, VICTIMS),
             ("signal", self.signal, SIGNALS),
             ("also", self.also, ("", *ROLES)),
+            ("between", self.between, ("", *LINKS)),
         )
         for name, value, allowed in known:
             if value not in allowed:
@@ -76,6 +80,10 @@ class Crash:
             raise ValueError("signal: CUT is for the link, and nothing else is")
         if self.expires and (self.signal, self.victim) != ("STOP", "scheduler"):
             raise ValueError("expires: only the scheduler renews, and it has to come back")
+        if self.between and self.signal != "CUT":
+            raise ValueError("between: only a link that is cut lies between two hosts")
+        if self.signal == "LOSE" and self.trigger == "failpoint":
+            raise ValueError("signal: a failpoint takes one process, not its host")
         if self.signal == "CUT" and not self.pause_ms:
             raise ValueError("pause_ms: a link that is cut needs a time to heal")
 
@@ -83,8 +91,9 @@ class Crash:
     def spares_the_prompt(self) -> bool:
         """Whether prefill and the pages outlive it, so that no prompt token may be computed twice."""
         of_prefill = self.point.startswith(("prefill.", "handoff."))
-        alive = "prefill" not in (self.victim, self.also) and self.signal != "CUT"
-        return alive and not of_prefill and not self.expires
+        alive = "prefill" not in (self.victim, self.also) and self.signal not in ("CUT", "LOSE")
+        beyond = self.between in ("scheduler/decode", "scheduler/owner")  # prefill is still there
+        return (alive or beyond) and not of_prefill and not self.expires
 
     @property
     def counts_the_prompt(self) -> bool:

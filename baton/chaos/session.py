@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from baton.chaos import report
+from baton.chaos import leftovers, report
 from baton.chaos.asks import read_corpus
 from baton.chaos.failures import Guard
 from baton.chaos.judge import Verdict, judge_stream, recomputed
@@ -50,9 +48,14 @@ class Session:
     reprefilled: list[Result] = field(default_factory=list)
     good: bool = False  # what it gave has been looked at, and keeps no log
     leaked_shm_files: int = 0  # of all clusters with every guard on
+    skipped: dict[str, str] = field(default_factory=dict)  # rows that cannot be had here, and why
 
     def __enter__(self) -> Session:
-        self.root = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))
+        for left in leftovers.remove():
+            say(f"{left} was left behind by a run that was killed: removed")
+        self._root = leftovers.Root()
+        self.root = self._root.path
+        say(f"working in {self.root}")
         self._reference = ReferenceProcess(self.settings.model)
         self._clusters = 0
         return self
@@ -64,9 +67,9 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self._reference.close()
-        if kind is None and self.good:
-            shutil.rmtree(self.root, ignore_errors=True)
-        else:
+        keep = kind is not None or not self.good
+        self._root.close(keep=keep)
+        if keep:
             say(f"logs and recordings are kept in {self.root}")
 
     # --- runs ---
@@ -108,7 +111,7 @@ class Session:
         found: list[Result] = []
         first = scenarios[0]
         spec = self.spec(first.setup, first.unsafe, first.recover)
-        with Lab(spec, SETUPS[first.setup].link) as lab:
+        with Lab(spec, SETUPS[first.setup]) as lab:
             connection = lab.connect()
             for number, scenario in enumerate(scenarios, 1):
                 expected = [self.tokens_of(ask) for ask in scenario.requests]
@@ -168,18 +171,21 @@ class Session:
     def run_controls(self, guards: Mapping[str, Guard], seed: int, runs: int) -> None:
         """Switches each guard off in turn, on a cluster of its own."""
         corpus = read_corpus(self.settings.model)
-        for counter, guard in guards.items():
+        for name, guard in guards.items():
+            counter = guard.counter or name
             whole = counter == "leaked_shm_files"  # known when the cluster has ended
             numbers = range(1 if whole else CONTROL_RUNS_MAX)
             drawn = [draw(guard.scenario, seed, run, corpus) for run in numbers]
             scenarios = [dataclasses.replace(s, unsafe=guard.unsafe) for s in drawn]
             found, files = asyncio.run(self._on_one_cluster(scenarios, until=counter))
             count = files if whole else getattr(report.total(found), counter)
-            self._control(counter, f"--unsafe={','.join(guard.unsafe)}", len(found), count)
+            self.controls.append(self.control(name, guard.unsafe, len(found), count))
         same = [draw("random", seed, run, corpus) for run in self._random_runs(max(5, runs // 10))]
         found = self.perform(dataclasses.replace(s, recover="reprefill") for s in same)
         count = report.total(found).prompt_tokens_recomputed
-        self._control("prompt_tokens_recomputed", "--recover=reprefill", len(found), count)
+        self.controls.append(
+            Control("prompt_tokens_recomputed", "--recover=reprefill", len(found), count)
+        )
         self.reprefilled = [self._forgive(result) for result in found]
 
     def _random_runs(self, count: int) -> list[int]:
@@ -187,9 +193,12 @@ class Session:
         done = [int(r.label.rpartition("-")[2]) for r in self.results if r.name == "random"]
         return [*done, *range(len(self.results), len(self.results) + count)][:count]
 
-    def _control(self, counter: str, guard_off: str, runs: int, count: int) -> None:
-        self.controls.append(Control(counter, guard_off, runs, count))
-        say(f"control {guard_off}: {counter} {count}")
+    @staticmethod
+    def control(name: str, unsafe: tuple[str, ...], runs: int, count: int) -> Control:
+        """What has become of a count with guards off."""
+        found = Control(name, f"--unsafe={','.join(unsafe)}", runs, count)
+        say(f"control {found.guard_off}: {name} {count}")
+        return found
 
     @staticmethod
     def _forgive(result: Result) -> Result:
@@ -228,6 +237,7 @@ class Session:
             "broken_streams": counts.broken_streams,
             "epochs_lost": counts.epochs_lost,
             "leaked_pages": counts.leaked_pages,
+            "leaked_disk_files": counts.leaked_disk_files,
             "leaked_shm_files": self.leaked_shm_files,
             "streams": sum(r.streams for r in self.results),
             "streams_hit": sum(r.hit for r in self.results),
@@ -243,6 +253,7 @@ class Session:
             },
             "controls_ok": all(c.works for c in self.controls) if self.controls else None,
             "machine": report.machine(),
+            "skipped": self.skipped,
             "failures": report.failures(everything),
             "problems": self.problems(),
         }

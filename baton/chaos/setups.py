@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from baton.chaos.hosts import APART, SPARE, TWO_HOSTS, HostPlan
 from baton.cluster import ClusterSpec
 
 SMALL_ARENA_BYTES = 8 << 20
@@ -15,6 +16,8 @@ DISK_BYTES = (
 # The disk may be slow and the machine busy: a hit that came too late would look like a file noticed.
 WRITE_BACK = ("kv-store:--write-back-ms=0", "kv-store:--prefetch-ms=10000")
 SHORT_LEASE_MS = 2000
+HOST_ARENA_BYTES = 64 << 20
+CABLE_MBIT_PER_S = 100  # so that a transfer takes long enough to be cut
 CHUNK_TOKENS = 64  # where prefill is to be struck between two chunks
 
 
@@ -28,6 +31,7 @@ class Setup:
     arena_bytes: int = 256 << 20
     medium: str = ""  # empty: the one that the command line chose
     link: bool = False  # pages go from store to store through a link that can be cut
+    hosts: tuple[HostPlan, ...] = ()  # each with a network of its own; empty: this machine's
     disk: bool = False  # the stores have a tier on disk, and write back at once
     extra: tuple[str, ...] = ()
 
@@ -61,6 +65,15 @@ SETUPS = {
         decode=1,
         arena_bytes=DISK_ARENA_BYTES,
         disk=True,
+    ),
+    "hosts": Setup(
+        "scheduler, prefill and decodes apart", arena_bytes=HOST_ARENA_BYTES, hosts=TWO_HOSTS
+    ),
+    "hosts-apart": Setup(
+        "each decode can be cut off alone", arena_bytes=HOST_ARENA_BYTES, hosts=APART
+    ),
+    "hosts-spare": Setup(
+        "a host more for prefill and for decode", arena_bytes=HOST_ARENA_BYTES, hosts=SPARE
     ),
     "small-arena": Setup("less room than the requests want", arena_bytes=SMALL_ARENA_BYTES),
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from baton.chaos import network
-from baton.chaos.hosts import TWO_HOSTS, HostPlan, HostsHandle, start_hosts
+from baton.chaos.hosts import APART, TWO_HOSTS, HostPlan, HostsHandle, start_hosts
 from baton.client import Client, ClientError
 from baton.cluster import ClusterSpec
 from baton.handle import wait_until
@@ -37,14 +37,6 @@ pytestmark = [pytest.mark.processes, pytest.mark.skipif(bool(_WHY_NOT), reason=_
 
 StartHosts = Callable[..., HostsHandle]
 
-# Each decode has a network of its own beside host b's store, so that it can be cut off alone.
-APART = (
-    HostPlan("s", ("scheduler",)),
-    HostPlan("a", ("kv-store", "prefill")),
-    HostPlan("b", ("kv-store",)),
-    HostPlan("b1", ("decode",), decode=1, arena_of="b"),
-    HostPlan("b2", ("decode",), decode=1, arena_of="b"),
-)
 SPARE_PREFILL = (*TWO_HOSTS, HostPlan("c", ("kv-store", "prefill")))
 SPARE_DECODE = (
     HostPlan("s", ("scheduler",)),

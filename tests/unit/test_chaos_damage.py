@@ -32,6 +32,15 @@ def test_the_store_may_be_first() -> None:
     assert not dataclasses.replace(three, headers_mended=1).good
 
 
+def test_on_the_wire_as_many_messages_are_noticed_as_matter() -> None:
+    """By the stores' own counter; but for those that are perhaps lost with their connection."""
+    wire = Damage("wire", 0, flips=9, mattering=6, corrupt_messages=6)
+    assert wire.good
+    assert not dataclasses.replace(wire, corrupt_messages=5).good
+    assert not dataclasses.replace(wire, corrupt_messages=7).good
+    assert dataclasses.replace(wire, corrupt_messages=7, dropped=1).good
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"corrupt_blocks": 5, "blocks_repaired": 5}, {"blocks_repaired": 3}, {"repair_mismatches": 1},

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.chaos import full_disk, report
+from baton.chaos import command, full_disk, network, report
 from baton.chaos.corrupt import WHERE
-from baton.chaos.failures import ROWS, row_of, schedule_rows
+from baton.chaos.failures import GUARDS_OF_ALL, ROWS, row_of, schedule_rows
 from baton.chaos.judge import LENGTH, PromptWork, Verdict, judge_stream, recomputed, stall_s
 from baton.chaos.plan import PLANS, draw, schedule
 from baton.chaos.report import Result, percentile
@@ -208,6 +208,24 @@ def test_every_plan_stands_for_a_row() -> None:
     assert {draw(name, 1, 0, CORPUS).setup for name in PLANS} <= set(SETUPS)
 
 
+def test_every_zero_of_the_table_has_a_control() -> None:
+    """Some guard, switched off, must move it; three controls are of other kinds than a crash."""
+    of_their_own = {"prompt_tokens_recomputed", "wrong_answers", "leaked_disk_files"}
+    crashes = {guard.counter or name for name, guard in GUARDS_OF_ALL.items()}
+    assert crashes | of_their_own == set(report.ZEROS)
+    assert {guard.scenario for guard in GUARDS_OF_ALL.values()} <= set(PLANS)
+
+
+def test_a_row_that_cannot_be_had_is_skipped_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Never in silence: without namespaces the table says why it has no hosts."""
+    monkeypatch.setattr(network, "why_not", lambda: "network namespaces need root")
+    assert command.skipped_rows() == {"hosts": "network namespaces need root"}
+    monkeypatch.setattr(network, "why_not", lambda: "")
+    assert command.skipped_rows() == {}
+
+
 def test_a_schedule_holds_every_name_and_fills_with_random_moments() -> None:
     """And depends on nothing but the seed."""
     names = ["random", "takeover", "mid-layer"]
@@ -226,6 +244,9 @@ def test_a_schedule_holds_every_name_and_fills_with_random_moments() -> None:
         ({"trigger": "failpoint"}, "point"),
         ({"trigger": "placed", "signal": "CUT"}, "signal"),
         ({"trigger": "placed", "victim": "link"}, "signal"),
+        ({"trigger": "placed", "between": "prefill/decode"}, "between"),
+        ({"trigger": "placed", "between": "here/there"}, "between"),
+        ({"trigger": "failpoint", "point": "decode.attached", "signal": "LOSE"}, "signal"),
         ({"trigger": "placed", "victim": "link", "signal": "CUT"}, "pause_ms"),
     ],
 )

@@ -11,7 +11,8 @@ from random import Random
 import pytest
 import zmq
 
-from baton.chaos.link import GREETING_BYTES, Bodies, Flipper, Relay, Span
+from baton.chaos.link import Flipper, Relay
+from baton.chaos.tap import GREETING_BYTES, Bodies, Span
 
 GREETING = bytes(GREETING_BYTES)
 
