@@ -289,11 +289,11 @@ class KvStore:
         )  # fmt: skip
 
     def release(self, request: store_pb2.ReleaseRequest) -> bool:
-        """Ends a stream; False when it was not open."""
-        if request.request_id not in self.state.streams:
+        """Ends a stream; False when it was not open, or has been opened again since this was said."""
+        stream = self.state.streams.get(request.request_id)
+        if stream is None or max(stream.epoch, stream.attempt) > (request.epoch or MAX_EPOCH):
             return False
         self.state.index.now = self.clock()
-        stream = self.state.stream(request.request_id)
         record = StreamRecord(self.arena, stream.slot)
         keys = self._complete_keys(stream, record) if request.keep_blocks else []
         live = {*request.live_writers, *stream.fenced}

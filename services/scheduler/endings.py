@@ -99,12 +99,14 @@ class Endings:
             self._stops.tell(request.request_id, worker, self._books.epoch)
         for store in request.stores:
             message = store_pb2.ReleaseRequest(
-                request_id=request.request_id, keep_blocks=keep, writers_unknown=True
-            )
+                request_id=request.request_id, keep_blocks=keep, writers_unknown=True,
+                epoch=self._books.epoch,
+            )  # fmt: skip
             self._books.call(request.request_id, store, "Release", message)
 
     def release_store(self, request: Request, store: str, *, keep: bool, live: list[str]) -> None:
         message = store_pb2.ReleaseRequest(
-            request_id=request.request_id, keep_blocks=keep, live_writers=live
-        )
+            request_id=request.request_id, keep_blocks=keep, live_writers=live,
+            epoch=self._books.epoch,
+        )  # fmt: skip
         self._books.call(request.request_id, store, "Release", message)

@@ -115,7 +115,8 @@ class FakeStore:
 
     def Release(self, request: store_pb2.ReleaseRequest) -> store_pb2.ReleaseResponse:
         record = self.streams.get(request.request_id)
-        if record is None:
+        upto = request.epoch or 0xFFFFFFFF
+        if record is None or max(record.epoch, record.attempt) > upto:
             return store_pb2.ReleaseResponse(
                 found=False, waiting_for=self._waiting_for(request.request_id)
             )

@@ -409,6 +409,20 @@ def test_reconcile_ends_what_nobody_remembers(world: StoreWorld) -> None:
     assert world.store.reconcile([kept]) == 0
 
 
+def test_a_release_that_comes_late_does_not_end_another_opening(world: StoreWorld) -> None:
+    """It was said of all that had been opened until then; what has been opened since is not meant."""
+    request_id = ready(world)
+    stream = world.store.state.streams[request_id]
+    opened = max(stream.epoch, stream.attempt)
+    late = store_pb2.ReleaseRequest(request_id=request_id, epoch=opened - 1)
+    assert not world.store.release(late)
+    assert request_id in world.store.state.streams
+    release = world.forget(request_id)
+    release.epoch = opened
+    assert world.store.release(release)
+    world.check()
+
+
 # --- leases ---
 
 

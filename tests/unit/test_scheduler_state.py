@@ -330,6 +330,17 @@ def test_cancelling_stops_the_workers_and_frees_the_pages() -> None:
         cluster.check_quiet()
 
 
+def test_a_release_says_up_to_which_epoch_it_is_meant() -> None:
+    """So that one which comes late, after another opening of the same request, ends nothing."""
+    cluster = FakeCluster()
+    running(cluster, 1)
+    out = cluster.scheduler.cancel(cluster.now, "r", "cancelled by the client")
+    [release] = [c.message for c in out if isinstance(c, CallStore) and c.method == "Release"]
+    assert isinstance(release, store_pb2.ReleaseRequest)
+    assert release.epoch == cluster.scheduler.epoch >= cluster.scheduler.requests["r"].epoch > 0
+    cluster.run(out)
+
+
 def test_a_stream_without_a_reader_is_cancelled() -> None:
     """After orphan_ms, unless somebody comes back before."""
     cluster = FakeCluster(decodes=1)
