@@ -3,6 +3,7 @@ what is installed."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Iterable
@@ -23,6 +24,13 @@ def quartiles(values: Iterable[float]) -> list[float]:
     elif found:
         found *= 3
     return [float(f"{cut:.4g}") for cut in found]
+
+
+def rounds(text: str) -> int:
+    """What `--rounds` says; one is enough for a result. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def versions() -> dict[str, str]:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; the last line printed is one JSON object."""
     parser = argparse.ArgumentParser(prog="baton bench handoff", description=__doc__)
     parser.add_argument("--model", default="models/pico")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=figures.rounds, default=9)
     parser.add_argument("--lengths", default="128,256,512,1024,2048", help="prompt tokens")
     parser.add_argument("--layers-per-group", type=int, default=2)
     parser.add_argument(

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; the last line printed is one JSON object."""
     parser = argparse.ArgumentParser(prog="baton bench prefix", description=__doc__)
     parser.add_argument("--model", default="models/pico")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=figures.rounds, default=9)
     parser.add_argument("--prefix-tokens", type=int, default=2000)
     parser.add_argument("--tail-tokens", type=int, default=40)
     parser.add_argument("--disk-dir", default="", help="default: a temporary one, in /tmp")

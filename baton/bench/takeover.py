@@ -56,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; the last line printed is one JSON object."""
     parser = argparse.ArgumentParser(prog="baton bench takeover", description=__doc__)
     parser.add_argument("--model", default="models/pico")
-    parser.add_argument("--rounds", type=int, default=9, help="kills for each length and cluster")
+    parser.add_argument(
+        "--rounds", type=figures.rounds, default=9, help="kills for each length and cluster"
+    )
     parser.add_argument("--contexts", default="256,1024,2048", help="prompt tokens")
     parser.add_argument("--medium", default="shm", help="shm or zmq")
     parser.add_argument("--seed", type=int, default=1)
@@ -209,16 +211,20 @@ def _round_slopes(samples: list[Sample]) -> list[float]:
     return found
 
 
+def _cell(spread: list[float]) -> str:
+    if not spread:
+        return "every kill missed"
+    low, median, high = spread
+    return f"{median:8.1f} ({low:.1f} to {high:.1f})"
+
+
 def table(result: dict[str, Any]) -> str:
     """Median stalls, for people."""
     lines = [f"{'context':>8} {'takeover ms':>24} {'re-prefill ms':>24} {'ratio':>7}"]
     for row in result["results"]:
-        cells = []
-        for mode in MODES:
-            low, median, high = row[mode]["stall_ms"]
-            cells.append(f"{median:8.1f} ({low:.1f} to {high:.1f})")
-        ratio = row["reprefill_over_takeover"][1]
-        lines.append(f"{row['context_tokens']:>8} {cells[0]:>24} {cells[1]:>24} {ratio:>7.1f}")
+        cells = [_cell(row[mode]["stall_ms"]) for mode in MODES]
+        ratio = f"{found[1]:.1f}" if (found := row["reprefill_over_takeover"]) else "-"
+        lines.append(f"{row['context_tokens']:>8} {cells[0]:>24} {cells[1]:>24} {ratio:>7}")
     for mode in MODES:
         found = result["slope"][mode]
         if found:

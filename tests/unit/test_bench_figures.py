@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import time
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-from baton.bench import handoff, takeover
+from baton.bench import figures, handoff, prefix, takeover
 from baton.bench.figures import quartiles
-from baton.bench.kv import actors, mooncake, report
+from baton.bench.kv import actors, command, mooncake, report
 from baton.bench.kv.ways import Sample
 from baton.bench.kv.world import KIB, MIB, World, worlds
 
@@ -108,6 +110,12 @@ def test_noise_is_no_slope() -> None:
     assert takeover.slope([]) == {}
 
 
+def test_kills_that_all_missed_are_said() -> None:
+    """With few rounds there may be no figure for a length."""
+    result = takeover.summary(kills(1, 0, 0), [7])
+    assert "every kill missed" in takeover.table(result)
+
+
 def asked(stream: str, ttft: float, second: float, exposed: float = 1.0) -> handoff.Sample:
     return handoff.Sample("shm", stream, 128, ttft, second, 8.0, 2.0, exposed, 1000)
 
@@ -121,6 +129,27 @@ def test_worse_is_later_in_three_pairs_of_four() -> None:
     assert told["never_worse"]
     assert told["ttft_gain_ms"] == [1, 1, 1]
     assert not handoff.compared(layers, worse)["never_worse"]
+
+
+def test_one_round_is_enough() -> None:
+    """Its figures are their own spread; less than one is refused with words."""
+    told = handoff.compared([asked("layers", 10, 12)], [asked("whole", 11, 14)])
+    assert told["ttft_gain_ms"] == [1, 1, 1]
+    assert told["layers"]["ttft_ms"] == [10, 10, 10]
+    assert figures.rounds("1") == 1
+    for text in ("0", "-1", "some", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="not a number from 1 on"):
+            figures.rounds(text)
+
+
+@pytest.mark.parametrize("bench", [handoff, prefix, takeover, command])
+def test_every_benchmark_refuses_no_rounds(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is started."""
+    with pytest.raises(SystemExit):
+        bench.main(["--rounds", "0"])
+    assert "--rounds: '0' is not a number from 1 on" in capsys.readouterr().err
 
 
 def test_exposed_is_held_against_a_group() -> None:

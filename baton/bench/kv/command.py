@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; the last line printed is one JSON object."""
     parser = argparse.ArgumentParser(prog="baton bench kv", description=kv.__doc__)
     parser.add_argument("--model", default="models/pico", help="only its files are used")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=figures.rounds, default=9)
     parser.add_argument("--runs-kib", default=RUNS_KIB, help="run lengths in KiB, powers of two")
     parser.add_argument("--mib", type=int, default=256, help="KV moved in a sample")
     parser.add_argument(
