@@ -13,8 +13,11 @@ from typing import Any
 
 from baton.chaos.judge import Verdict
 
-COUNTS = ("lost", "duplicated", "mismatched", "prompt_tokens_recomputed", "wrong_answers")
-ZEROS = (*COUNTS, "epochs_lost", "leaked_pages", "leaked_disk_files", "leaked_shm_files")
+COUNTS = (
+    "lost", "duplicated", "mismatched", "prompt_tokens_recomputed", "wrong_answers", "epochs_lost",
+    "leaked_pages", "leaked_disk_files",
+)  # fmt: skip
+ZEROS = (*COUNTS, "leaked_shm_files")  # known of whole clusters only, which rows share
 
 
 @dataclass(frozen=True)
