@@ -93,15 +93,14 @@ class Endings:
 
     def _release_unknown(self, request: Request, *, keep: bool) -> None:
         """The journal is behind: who works on it, the record says, and it has not been read yet. The
-        store waits for everybody who may; everybody is told."""
+        store waits for everybody who may; everybody is told. Nor is its epoch known: any is meant."""
         placed = [request.prefill_worker, request.decode_worker]
         for worker in dict.fromkeys([*placed, *self._books.workers]):
             self._stops.tell(request.request_id, worker, self._books.epoch)
         for store in request.stores:
             message = store_pb2.ReleaseRequest(
-                request_id=request.request_id, keep_blocks=keep, writers_unknown=True,
-                epoch=self._books.epoch,
-            )  # fmt: skip
+                request_id=request.request_id, keep_blocks=keep, writers_unknown=True
+            )
             self._books.call(request.request_id, store, "Release", message)
 
     def release_store(self, request: Request, store: str, *, keep: bool, live: list[str]) -> None:

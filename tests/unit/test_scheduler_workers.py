@@ -269,7 +269,7 @@ def test_the_transfer_to_another_arena_that_fails_is_made_again() -> None:
     cluster.ask("b", max_tokens=3)
     remote = next(r for r in "ab" if owner(cluster, r) == "decode-1")
     cluster.until(lambda: len(cluster.commands("prefill")) == 2)
-    cluster.stores["s1"].streams[remote].attempt += 10**6
+    cluster.stores["s1"].streams[remote].attempt = 0
     cluster.settle()
     assert reason(cluster, "a") == reason(cluster, "b") == LENGTH
     assert cluster.scheduler.requests[remote].recomputed == 3
