@@ -154,6 +154,21 @@ def test_a_prefix_is_found_in_another_store(pair: Pair) -> None:
     pair.settle()
 
 
+@pytest.mark.parametrize("medium", ["faulty"])
+def test_damage_on_the_way_is_counted(pair: Pair) -> None:
+    """Of what was fetched: it is asked for again, and the operator can see that it was."""
+    cache(pair.there)
+    assert isinstance(pair.media[1], FaultyMedium)
+    pair.media[1].faults = Faults(corrupt=0.3)
+    keys = text(0).parents[1:5]
+    for _ in range(10):
+        blocks = pair.here.store.begin_fill(4, [])
+        task = pair.loop.create_task(pair.caches.at(pair.addresses[:1]).load(keys, blocks))
+        pair.pump(task.done)
+        pair.here.store.end_fill([], blocks, [])
+    assert pair.caches.corrupt > 0
+
+
 @each_medium
 def test_only_what_is_missing_is_fetched(pair: Pair) -> None:
     """A prefix that is here in part is completed from there."""

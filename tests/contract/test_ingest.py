@@ -19,6 +19,7 @@ from baton.v1 import store_pb2
 from services.engine.identity import identify
 from services.kv.layout import PAGE_TOKENS, blocks_for
 from services.kv.record import StreamRecord
+from services.kv_store import report
 from services.kv_store.config import KvStoreConfig
 from services.kv_store.ingest import Ingest
 from services.kv_store.runtime import KvStore
@@ -266,7 +267,7 @@ def test_frames_that_do_not_fit_are_refused(play: Callable[[Scene], None]) -> No
 
 
 def test_every_flipped_byte_of_a_message_is_noticed(play: Callable[[Scene], None]) -> None:
-    """Header, row checksums and pages: it is refused, and the words of the arena stay."""
+    """Header, row checksums and pages: it is refused and counted, and the words of the arena stay."""
 
     async def scene(sender: Sender) -> None:
         await sender.hello()
@@ -275,7 +276,7 @@ def test_every_flipped_byte_of_a_message_is_noticed(play: Callable[[Scene], None
             first_block=0, blocks=1,
         )  # fmt: skip
         message = [pack(pages), *sender.frames(pages)]
-        rng = np.random.default_rng(3)
+        rng, noticed = np.random.default_rng(3), 0
         for part, frame in enumerate(message):
             for at in sorted(rng.choice(len(frame), min(len(frame), 60), replace=False)):
                 damaged = bytearray(frame)
@@ -285,7 +286,10 @@ def test_every_flipped_byte_of_a_message_is_noticed(play: Callable[[Scene], None
                 answer = unpack((await sender.socket.recv_multipart())[0])
                 assert isinstance(answer, Refused)
                 assert sender.ready() == 0
+                noticed += 1
+                assert report.pages(sender.store, "").corrupt_messages == noticed
         assert isinstance(await sender.send(), Ack)
+        assert report.pages(sender.store, "").corrupt_messages == noticed
 
     play(scene)
 

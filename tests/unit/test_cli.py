@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from baton import cli
+from baton.v1 import cluster_pb2
 from tests.support.scripted import finished, say, serve, token
 
 
@@ -50,6 +51,12 @@ def test_a_refusal_is_one_line(address: str, capsys: pytest.CaptureFixture[str])
     """A value that cannot be sent is named, and nothing is retried."""
     assert cli.main(["generate", "x", "--max-tokens", "-1", "--address", address]) == 1
     assert "max_tokens" in capsys.readouterr().err
+
+
+def test_what_a_store_has_met_is_a_line_below_its_pages() -> None:
+    """Damage of every kind, and nothing of what has not been met."""
+    store = cluster_pb2.StorePages(corrupt_messages=3, corrupt_cached=1)
+    assert cli._store_notes(store) == ["corrupt_cached 1", "corrupt_messages 3"]
 
 
 def test_down_without_a_cluster_is_no_error(

@@ -305,3 +305,28 @@ def test_a_stream_of_another_opening_is_not_taken_up() -> None:
     assert len(cluster.asked_of_stores("OpenStream")) == 1
     assert cluster.tokens("r") == cluster.expected("r", 10)
     cluster.check_quiet()
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_stream_that_begins_at_a_later_token_is_not_taken_up(*, older: bool) -> None:
+    """Its KV was computed again from some token on, and what came before died with a scheduler: what
+    the store holds first is not the request's first token, stop strings or not. Found by the walk of
+    seed 1213, in which the release of that opening was lost with a second restart."""
+    cluster = FakeCluster()
+    running(cluster, 2, stop_at=5)
+    record = cluster.stores["s0"].streams["r"]
+    record.request.first_index = 1
+    del record.tokens[0]
+    if older:
+        record.epoch, record.attempt = record.epoch - 4, record.attempt - 4
+    for worker in cluster.workers.values():
+        worker.jobs.clear()
+    told = list(cluster.said["r"])
+    cluster.restart_scheduler()
+    cluster.reattach()
+    for _ in range(6):
+        cluster.pass_time(0.2)
+        cluster.settle()
+    assert cluster.scheduler.requests["r"].events[: len(told)] == told
+    assert reason(cluster, "r") == STOP
+    cluster.check_quiet()
