@@ -107,14 +107,18 @@ class Stops:
     def settle(self, info: WorkerInfo) -> list[CallStore]:
         """What it does not work on, it has let go of: its word may have been lost, with a link or with
         the scheduler before this one. What it has got since is not meant: a store may hear of
-        this late. Of what is its own now, it lets go of the epochs before."""
+        this late; nor what it was asked again since, and has yet to answer the Stop for. Of what is its
+        own now, it lets go of the epochs before."""
         mine = [r for r in self._books.requests.values() if self._present(r, info.worker_id)]
         for request in mine:
             self.tell_before(request, info.worker_id)
+        told = [
+            request_id for request_id, worker_id in self._waiting if worker_id == info.worker_id
+        ]
+        running = {*info.running, *(request.request_id for request in mine), *told}
         message = store_pb2.RetireRequest(
-            writer=info.worker_id, still_running=[*info.running, *(r.request_id for r in mine)],
-            epoch=info.epoch,
-        )  # fmt: skip
+            writer=info.worker_id, still_running=sorted(running), epoch=info.epoch
+        )
         return [CallStore("", store, "Retire", message) for store in self._books.ingest]
 
     @staticmethod

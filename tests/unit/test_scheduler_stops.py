@@ -176,6 +176,35 @@ def test_a_request_that_ends_before_its_record_is_read_waits_for_everybody() -> 
     cluster.check_quiet()
 
 
+def test_what_a_worker_was_asked_since_it_came_back_it_has_not_let_go_of() -> None:
+    """A store that has been reconciled hears what workers have let go of, by what they said when they
+    registered. A prefill that was asked again since, and has not answered its Stop, is at work. Found
+    by the walk of seed 23446."""
+    cluster = FakeCluster()
+    cluster.ask("r", max_tokens=5)
+    prefill = cluster.workers["prefill-0"]
+    cluster.until(lambda: prefill.commands)
+    cluster.restart_scheduler()  # the order is lost, and prefill has nothing when it registers
+    cluster.reattach()
+    cluster.pass_time(1)
+    cluster.execute("r")  # the record is read
+    cluster.answer("r")
+    while not prefill.jobs:
+        cluster.deliver_command(prefill)
+    prefill.act()
+    cluster.run(cluster.scheduler.cancel(cluster.now, "r", "cancelled"))
+    cluster.execute("r")  # released: the pages wait for prefill
+    cluster.execute("")  # reconciled
+    cluster.answer("")
+    assert cluster.calls[""]
+    while cluster.calls[""]:
+        cluster.execute("")  # a Retire, which must not speak for what prefill still does
+        cluster.answer("")
+    assert cluster.stores["s0"].quarantine
+    cluster.settle()
+    cluster.check_quiet()
+
+
 def test_a_store_that_comes_late_lets_go_of_what_nobody_remembers() -> None:
     """It was away when the scheduler came back; its streams have been computed elsewhere since."""
     cluster = FakeCluster(prefills=2, decodes=2, store_count=2)
