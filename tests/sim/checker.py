@@ -80,6 +80,8 @@ class Checker:
         state = self.world.scheduler.state
         request = state.requests[call.request_id]
         decodes = message.role == store_pb2.WRITER_ROLE_DECODE
+        if not request.awaits("decode" if decodes else "prefill", message.epoch):
+            return  # given up in the same breath: the request is being opened anew
         present = state.workers.get(request.decode_worker if decodes else request.prefill_worker)
         refused = ("decode" if decodes else "prefill") in request.left
         if present is not None and present.ready and not refused:
