@@ -11,7 +11,7 @@ from services.kv.identity import fingerprint
 from services.kv.layout import KvLayout
 from services.ops.errors import ConfigError
 
-NATIVE_NUMERICS = "native-1"  # raise the number when a kernel's rounding changes
+NATIVE_NUMERICS = "native-2"  # raise the number when a kernel's rounding changes
 CODEC = "raw"
 
 

@@ -1,12 +1,14 @@
 """The CPU engine behind the `Backend` seam: own kernels over mapped weights, no torch.
 
+Matrices are plain, as they lie in the checkpoint, or packed (`packed.py`), each as it is given.
+
 Prefill and decode use the same kernels, so a row's K, V and logits are the same bits wherever and in
 whatever company it is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +19,10 @@ from services.engine.backend import PageSource, Rows, check_layout
 from services.engine.checkpoint import EMBEDDING, LM_HEAD, WeightView
 from services.engine.identity import NATIVE_NUMERICS
 from services.engine.model import ModelConfig
+from services.engine.packed import PackedMatrix
 from services.engine.rope import rope_tables
+
+Weight = WeightView | PackedMatrix
 
 _MATRICES = {
     "q": "self_attn.q_proj",
@@ -44,11 +49,16 @@ class NativePages(PageSource, Protocol):
 
 
 class NativeBackend:
-    """One model on this processor. `level` forces an instruction set: v4, v3 or base."""
+    """One model on this processor.
+
+    threads: how many compute; `cores` pins them, the calling thread as the first. level: forces an
+    instruction set: vnni, v4, v3, dotprod or base. weights_class: how the weights were made from the
+    checkpoint's, part of the numerics class; empty if they are the checkpoint's.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, WeightView], arena: NativePages,
-        level: str = "",
+        self, config: ModelConfig, weights: Mapping[str, Weight], arena: NativePages,
+        level: str = "", threads: int = 1, cores: Sequence[int] = (), weights_class: str = "",
     ) -> None:  # fmt: skip
         layout = arena.layout
         check_layout(config, layout)
@@ -62,14 +72,19 @@ class NativeBackend:
         }  # fmt: skip
         shape_of |= {"kv_bf16": layout.kv_dtype == "bf16", "windows": list(config.sliding_window)}
         self._engine = _native.Engine(
-            shape_of, _arrays(config, weights), cos, sin, arena.native, level
+            shape_of, _arrays(config, weights), cos, sin, arena.native, level, threads, list(cores)
         )
+        self._weights_class = weights_class
         self._rows: Rows | None = None
         self._groups = self._next_group = layout.groups
 
     @property
     def numerics(self) -> str:
-        return NATIVE_NUMERICS
+        return f"{NATIVE_NUMERICS}/{self._weights_class}".removesuffix("/")
+
+    @property
+    def threads(self) -> int:
+        return int(self._engine.threads)
 
     @property
     def level(self) -> str:
@@ -91,17 +106,32 @@ class NativeBackend:
         return out
 
 
-def _arrays(config: ModelConfig, weights: Mapping[str, WeightView]) -> dict[str, Any]:
+    def step(self, rows: Rows, seeds: NDArray[np.uint32] | None = None) -> NDArray[np.float32]:
+        """A whole pass in one call without the interpreter lock: float32[len(rows), vocab].
+
+        `seeds`, one for each row, are those of the row checksums to store in the page headers.
+        """
+        self._engine.begin(rows.tokens, rows.positions, rows.sequence, rows.tables)
+        self._next_group = self._groups
+        out: NDArray[np.float32] = self._engine.step(seeds)
+        return out
+
+    def read_weights(self) -> int:
+        """Reads all matrices once, as a step would, and returns their bytes: for benchmarks."""
+        return int(self._engine.read_weights())
+
+
+def _arrays(config: ModelConfig, weights: Mapping[str, Weight]) -> dict[str, Any]:
     """Matrices as they lie in the mapping; norms and biases as small float32 copies."""
     arrays: dict[str, Any] = {
-        "embed": weights[EMBEDDING].array,
-        "head": weights[LM_HEAD].array,
+        "embed": _matrix(weights[EMBEDDING]),
+        "head": _matrix(weights[LM_HEAD]),
         "final_norm": _floats(weights["model.norm.weight"]),
     }
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}."
         for short, name in _MATRICES.items():
-            arrays[f"{layer}.{short}"] = weights[f"{prefix}{name}.weight"].array
+            arrays[f"{layer}.{short}"] = _matrix(weights[f"{prefix}{name}.weight"])
             if bias := weights.get(f"{prefix}{name}.bias"):
                 arrays[f"{layer}.{short}_bias"] = _floats(bias)
         for short, name in _NORMS.items():
@@ -110,7 +140,12 @@ def _arrays(config: ModelConfig, weights: Mapping[str, WeightView]) -> dict[str,
     return arrays
 
 
-def _floats(view: WeightView) -> NDArray[np.float32]:
+def _matrix(weight: Weight) -> Any:
+    return weight.native() if isinstance(weight, PackedMatrix) else weight.array
+
+
+def _floats(view: Weight) -> NDArray[np.float32]:
+    assert isinstance(view, WeightView), "norms and biases are never packed"
     if view.dtype == "BF16":
         return (view.array.astype(np.uint32) << 16).view(np.float32)
     return view.array.astype(np.float32)

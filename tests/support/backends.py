@@ -5,7 +5,6 @@ Tests of the `Backend` contract are parametrised over `BACKENDS`; a new device a
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -54,19 +53,18 @@ def _native(level: str) -> BackendFactory:
     return make
 
 
-def _levels() -> list[str]:
-    """The instruction sets this processor runs, by trying them."""
-    best = ("base",) if platform.machine() != "x86_64" else ("v4", "v3", "base")
+def levels() -> list[str]:
+    """The instruction sets this processor runs."""
+    needed = {"vnni": "avx512_bf16", "v4": "avx512vl", "v3": "avx2", "dotprod": "asimddp", "base": ""}
     flags = Path("/proc/cpuinfo").read_text()
-    needed = {"v4": "avx512vl", "v3": "avx2", "base": ""}
-    return [level for level in best if needed[level] in flags]
+    return [level for level, flag in needed.items() if flag in flags]
 
 
 BACKENDS: dict[str, BackendFactory] = {
     "torch": _torch(),
     "torch-wide": _torch(tile=ACCELERATOR_TILE_ROWS),
     "torch-cuda": _torch("cuda"),
-    **{f"native-{level}": _native(level) for level in _levels()},
+    **{f"native-{level}": _native(level) for level in levels()},
 }
 
 

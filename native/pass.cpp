@@ -1,0 +1,319 @@
+#include "pass.h"
+
+#include "attention.h"
+#include "product.h"
+
+#define BATON_JOIN2(a, b) a##b
+#define BATON_JOIN(a, b) BATON_JOIN2(a, b)
+
+namespace baton {
+namespace {
+
+// --- elementwise ---------------------------------------------------------------------------------
+
+// x / rms(x) * weight over `n` values; both arrays may be the same.
+void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+  V sum = {};
+  int i = 0;
+  for (; i + 16 <= n; i += 16) sum = fma(load(x + i), load(x + i), sum);
+  if (i < n) {
+    V rest = widen_some(x + i, n - i);
+    sum = fma(rest, rest, sum);
+  }
+  const float scale = 1.0f / std::sqrt(reduce(sum) / float(n) + eps);
+  for (i = 0; i < n; i++) y[i] = (x[i] * scale) * weight[i];
+}
+
+// Rotates pairs (i, i + D/2), the "rotate half" convention of Hugging Face checkpoints.
+void rotate(float* head, const float* cos, const float* sin, int half) {
+  for (int i = 0; i < half; i++) {
+    const float a = head[i], b = head[i + half];
+    head[i] = __builtin_fmaf(a, cos[i], -(b * sin[i]));
+    head[i + half] = __builtin_fmaf(b, cos[i], a * sin[i]);
+  }
+}
+
+void silu_times(float* gate, const float* up, int n) {
+  for (int i = 0; i < n; i += 16) {
+    V g = load(gate + i);
+    store(gate + i, g / (splat(1.0f) + exp16(-g)) * load(up + i));
+  }
+}
+
+template <class T>
+void embed_row(const T* table, int token, int hidden, float* x) {
+  const T* row = table + size_t(token) * hidden;
+  for (int i = 0; i < hidden; i += 16) {
+    const int n = hidden - i < 16 ? hidden - i : 16;
+    narrow_some(n == 16 ? widen(row + i) : widen_some(row + i, n), x + i, n);
+  }
+}
+
+// --- the pass, one member's share ------------------------------------------------------------------
+
+// A product's results: y[row][n] = sum + bias, or added to what is there.
+struct Output {
+  const Matrix& w;
+  const std::vector<float>& bias;
+  float* y;
+  int ld;
+  bool add = false;
+};
+
+class Member {
+ public:
+  Member(const Job& job, int member)
+      : job_(job), m_(job.model), pages_(job.pages), p_(job.pass), team_(job.team), member_(member),
+        scratch_(job.pass.scratch[member].data()) {}
+
+  void run() {
+    if (job_.first_group == 0 && job_.last_group > 0) embed();
+    for (int group = job_.first_group; group < job_.last_group; group++) {
+      const Geometry& g = pages_.geometry();
+      for (int i = 0; i < g.layers_in(group); i++) {
+        const Layer& layer = m_.layer[size_t(group) * g.layers_per_group + i];
+        if (m_.kv_bf16)
+          attention<uint16_t>(layer, group, i);
+        else
+          attention<float>(layer, group, i);
+        mlp(layer);
+      }
+      if (job_.seeds && member_ == 0) stamp(group);
+    }
+    if (job_.count) logits();
+  }
+
+ private:
+  // Calls `work` with the numbers below `count` that fall to this member; all meet behind it.
+  template <class Work>
+  void share(int count, const Work& work) {
+    for (int i = team_.take(); i < count; i = team_.take()) work(i);
+    team_.barrier();
+  }
+
+  Input input(const Room<float>& x, int width) const {
+    return {x.data(), padded(width), p_.codes.data(), p_.scales.data(), p_.starts.data(),
+            p_.code_stride, p_.group_stride};
+  }
+
+  void embed() {
+    share(p_.rows, [&](int r) {
+      float* x = p_.x.data() + size_t(r) * padded(m_.hidden);
+      const int token = p_.tokens[r];
+      switch (m_.embed.format) {
+        case Format::kF32: return embed_row(static_cast<const float*>(m_.embed.data), token, m_.hidden, x);
+        case Format::kF16: return embed_row(static_cast<const _Float16*>(m_.embed.data), token, m_.hidden, x);
+        default: return embed_row(static_cast<const uint16_t*>(m_.embed.data), token, m_.hidden, x);
+      }
+    });
+  }
+
+  // normed[i] = norm of x[which[i]] (or of x[i]), ready for the product with `w`.
+  void norm(const Matrix& w, const std::vector<float>& weight, const int32_t* which, int rows) {
+    const int ld = padded(m_.hidden);
+    const Input in = input(p_.normed, m_.hidden);
+    share(rows, [&](int r) {
+      const float* x = p_.x.data() + size_t(which ? which[r] : r) * ld;
+      float* to = p_.normed.data() + size_t(r) * ld;
+      rms_norm(x, weight.data(), m_.hidden, m_.eps, to);
+      prepare(w, to, 0, m_.hidden, in, r);
+    });
+  }
+
+  // All products of one input; items are runs of panels, long enough to stream.
+  template <size_t N>
+  void products(const Output (&outputs)[N], const Input& in, int rows) {
+    int panels = 0;
+    for (const Output& output : outputs) panels += output.w.panels();
+    const int aim = panels / (team_.threads() * 8), run = rows > 16 || aim < 1 ? 1 : aim;
+    int items = 0;
+    for (const Output& output : outputs) items += (output.w.panels() + run - 1) / run;
+    share(items, [&](int item) {
+      for (const Output& output : outputs) {
+        const int of_this = (output.w.panels() + run - 1) / run;
+        if (item < of_this) {
+          const int end = (item + 1) * run < output.w.panels() ? (item + 1) * run : output.w.panels();
+          for (int panel = item * run; panel < end; panel++) multiply(output, panel, in, rows);
+          return;
+        }
+        item -= of_this;
+      }
+    });
+  }
+
+  void multiply(const Output& output, int panel, const Input& in, int rows) {
+    float* sums = reinterpret_cast<float*>(scratch_);
+    panel_sums(output.w, panel, in, rows, sums);
+    const int first = panel * kPanelRows, left = output.w.rows - first;
+    const int count = left < kPanelRows ? left : kPanelRows;
+    const float* bias = output.bias.empty() ? nullptr : output.bias.data() + first;
+    for (int r = 0; r < rows; r++) {
+      const float* from = sums + size_t(r) * kPanelRows;
+      float* to = output.y + size_t(r) * output.ld + first;
+      for (int n = 0; n < count; n += 16) {
+        const int some = count - n < 16 ? count - n : 16;
+        V sum = load(from + n);
+        if (bias) sum = sum + widen_some(bias + n, some);
+        if (output.add) sum = widen_some(to + n, some) + sum;
+        narrow_some(sum, to + n, some);
+      }
+    }
+  }
+
+  void rotate_heads(float* row, int heads, const std::vector<float>& norm, int position) {
+    const int half = m_.head_dim / 2;
+    const size_t at = size_t(position) * half;
+    for (int h = 0; h < heads; h++) {
+      float* head = row + h * m_.head_dim;
+      if (!norm.empty()) rms_norm(head, norm.data(), m_.head_dim, m_.eps, head);
+      rotate(head, m_.cos + at, m_.sin + at, half);
+    }
+  }
+
+  template <class T>
+  void write_row(int r, int group, int layer_in_group) {
+    const int position = p_.positions[r], dim = m_.head_dim;
+    const size_t block = size_t(p_.sequence[r]) * p_.blocks + position / kPageTokens;
+    const uint32_t page = p_.tables[block * p_.groups + group];
+    const size_t from = size_t(r) * padded(m_.kv_heads * dim);
+    for (int h = 0; h < m_.kv_heads; h++) {
+      const Head<T> head = head_in<T>(pages_, page, layer_in_group, h);
+      T* k = head.k + size_t(position % kPageTokens) * dim;
+      T* v = head.v + size_t(position % kPageTokens) * dim;
+      for (int d = 0; d < dim; d += 16) {
+        const int n = dim - d < 16 ? dim - d : 16;
+        narrow_some(widen_some(p_.k.data() + from + h * dim + d, n), k + d, n);
+        narrow_some(widen_some(p_.v.data() + from + h * dim + d, n), v + d, n);
+      }
+    }
+  }
+
+  template <class T>
+  void attention(const Layer& layer, int group, int layer_in_group) {
+    const int ldq = padded(m_.heads * m_.head_dim), ldkv = padded(m_.kv_heads * m_.head_dim);
+    norm(layer.q, layer.attention_norm, nullptr, p_.rows);
+    products<3>({{layer.q, layer.q_bias, p_.q.data(), ldq},
+                 {layer.k, layer.k_bias, p_.k.data(), ldkv},
+                 {layer.v, layer.v_bias, p_.v.data(), ldkv}},
+                input(p_.normed, m_.hidden), p_.rows);
+    share(p_.rows, [&](int r) {
+      rotate_heads(p_.q.data() + size_t(r) * ldq, m_.heads, layer.q_norm, p_.positions[r]);
+      rotate_heads(p_.k.data() + size_t(r) * ldkv, m_.kv_heads, layer.k_norm, p_.positions[r]);
+      write_row<T>(r, group, layer_in_group);
+    });
+    attend<T>(layer, group, layer_in_group);
+    share(p_.rows, [&](int r) {
+      float* row = p_.attended.data() + size_t(r) * ldq;
+      const Tile& tile = p_.tile.data()[p_.tile_of.data()[r]];
+      if (tile.partials >= 0) merge_spans(m_, p_, tile, layer.window, row);
+      prepare(layer.o, row, 0, m_.heads * m_.head_dim, input(p_.attended, m_.heads * m_.head_dim), r);
+    });
+    products<1>({{layer.o, layer.o_bias, p_.x.data(), padded(m_.hidden), true}},
+                input(p_.attended, m_.heads * m_.head_dim), p_.rows);
+  }
+
+  // Items: tile by tile, in each the KV heads, and the spans of a single row.
+  template <class T>
+  void attend(const Layer& layer, int group, int layer_in_group) {
+    int tile = 0, before = 0;  // where the last item was: numbers only rise
+    int items = 0;
+    for (int i = 0; i < p_.tiles; i++) items += items_of(p_.tile.data()[i]);
+    share(items, [&](int item) {
+      while (item - before >= items_of(p_.tile.data()[tile]))
+        before += items_of(p_.tile.data()[tile++]);
+      const Tile& at = p_.tile.data()[tile];
+      const int head = (item - before) % m_.kv_heads, span = (item - before) / m_.kv_heads;
+      const Seen seen{m_, pages_, p_, at, group, layer_in_group, head, layer.window};
+      if (at.partials < 0) return attend_tile<T>(seen, scratch_);
+      if (span < span_count(p_.positions[at.row], layer.window))
+        attend_span<T>(seen, span, scratch_);
+    });
+  }
+  int items_of(const Tile& tile) const {
+    return m_.kv_heads * (tile.partials < 0 ? 1 : tile.spans);
+  }
+
+  void mlp(const Layer& layer) {
+    const int ldi = padded(m_.intermediate);
+    norm(layer.gate, layer.mlp_norm, nullptr, p_.rows);
+    products<2>({{layer.gate, layer.gate_bias, p_.gate.data(), ldi},
+                 {layer.up, layer.up_bias, p_.up.data(), ldi}},
+                input(p_.normed, m_.hidden), p_.rows);
+    const Input in = input(p_.gate, m_.intermediate);
+    const int pieces = (m_.intermediate + kPiece - 1) / kPiece;
+    share(p_.rows * pieces, [&](int item) {
+      const int r = item / pieces, begin = item % pieces * kPiece;
+      const int end = begin + kPiece < m_.intermediate ? begin + kPiece : m_.intermediate;
+      float* row = p_.gate.data() + size_t(r) * ldi;
+      silu_times(row + begin, p_.up.data() + size_t(r) * ldi + begin, end - begin);
+      prepare(layer.down, row, begin, end, in, r);
+    });
+    products<1>({{layer.down, layer.down_bias, p_.x.data(), padded(m_.hidden), true}}, in, p_.rows);
+  }
+
+  void logits() {
+    static const std::vector<float> none;
+    norm(m_.head, m_.final_norm, job_.which, job_.count);
+    products<1>({{m_.head, none, job_.logits, m_.vocab}}, input(p_.normed, m_.hidden), job_.count);
+  }
+
+  void stamp(int group) {
+    for (int r = 0; r < p_.rows; r++) {
+      const int32_t in_page = p_.positions[r] % kPageTokens;
+      const size_t block = size_t(p_.sequence[r]) * p_.blocks + p_.positions[r] / kPageTokens;
+      pages_.stamp_rows({p_.tables + block * p_.groups + group, &in_page, job_.seeds + r, 1}, group);
+    }
+  }
+
+  static constexpr int kPiece = 8 * kGroupMax;  // columns of one elementwise item
+
+  const Job& job_;
+  const Model& m_;
+  const Pages& pages_;
+  Pass& p_;
+  Team& team_;
+  const int member_;
+  unsigned char* scratch_;
+};
+
+void run(const Job& job, int member) {
+  FlushDenormals flush;
+  Member(job, member).run();
+}
+
+size_t scratch_bytes(const Model& m, int rows) {
+  const size_t sums = size_t(rows) * kPanelRows * sizeof(float), queries = Queries::bytes(m.head_dim);
+  return sums > queries ? sums : queries;
+}
+
+void read(const Model& m, Team& team) {
+  auto pass_over = [&](const Matrix& w) {
+    const unsigned char* data = static_cast<const unsigned char*>(w.data);
+    const size_t bytes = w.bytes(), items = size_t(team.threads()) * 8;
+    const size_t run = (bytes / items + 63) / 64 * 64 + 64;
+    for (size_t i = size_t(team.take()); i < items; i = size_t(team.take())) {
+      const size_t begin = i * run < bytes ? i * run : bytes;
+      const size_t end = begin + run < bytes ? begin + run : bytes;
+      U all[4] = {};
+      for (size_t at = begin; at + 256 <= end; at += 256) {
+        for (int j = 0; j < 4; j++) {
+          __builtin_prefetch(data + at + 64 * j + kAhead);
+          all[j] |= load_as<U>(data + at + 64 * j);
+        }
+      }
+      asm volatile("" ::"m"(all));
+    }
+    team.barrier();
+  };
+  for (const Layer& l : m.layer)
+    for (const Matrix* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) pass_over(*w);
+  pass_over(m.head);
+}
+
+const Kernels table = {run, read, scratch_bytes};
+
+}  // namespace
+
+const Kernels* BATON_JOIN(kernels_, BATON_LEVEL)() { return &table; }
+
+}  // namespace baton

@@ -1,0 +1,247 @@
+// Matrix products, row by row the same bits: y[row][n] = sum over k of x[row][k] * w[n][k].
+//
+// One output element is summed in one fixed order, whatever the tile, the thread or the batch:
+//   int8, int4: exact integers within a group of columns, groups folded in ascending order
+//   bf16:       pairs of columns in ascending order (dot_bf16)
+//   plain:      16 lanes, lane j takes columns j, j + 16, ..., then a fixed tree
+#pragma once
+
+#include "lanes.h"
+#include "model.h"
+#include "packed.h"
+
+namespace baton {
+namespace {
+
+// Rows in one register tile: as many as the registers hold.
+#if defined(__AVX512F__)
+constexpr int kIntRows = 6, kBf16Rows = 12;
+#else
+constexpr int kIntRows = 2, kBf16Rows = 4;
+#endif
+constexpr int kBlockColumns = 1024;  // of a panel, so that a block stays in the nearest cache
+constexpr size_t kAhead = 4096;      // bytes that a stream of weights is asked for in advance
+
+// --- activations ---------------------------------------------------------------------------------
+
+// Sixteen codes of one group: x * inverse, to the nearest integer, ties to even.
+inline I codes_of(V x, float inverse) {
+  const V magic = splat(12582912.0f);  // 1.5 * 2^23
+  return (I)(x * splat(inverse) + magic) - (I)magic;
+}
+
+// One group of a row: codes, scale, and what the integer sums start at. x is padded with zeros.
+// A group with a value that is not finite gets the scale NaN, so that the row fails visibly.
+inline void quantise_group(const float* x, int group, int zero, int8_t* codes, float* scale,
+                           int32_t* start) {
+  U most = {};
+  for (int i = 0; i < group; i += 16) {
+    const U size = (U)load(x + i) & 0x7FFFFFFF;
+    most = size > most ? size : most;
+  }
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; i++) bits = most[i] > bits ? most[i] : bits;
+  float top;
+  std::memcpy(&top, &bits, 4);
+  const bool finite = bits < 0x7F800000, usable = finite && top >= 1e-30f;
+  const float inverse = usable ? 127.0f / top : 0.0f;
+  I total = {};
+  for (int i = 0; i < group; i += 16) {
+    const I some = usable ? codes_of(load(x + i), inverse) : I{};
+    total += some;
+    const B narrow = __builtin_convertvector(some, B);
+    std::memcpy(codes + i, &narrow, sizeof narrow);
+  }
+  *scale = usable ? top * (1.0f / 127.0f) : finite ? 0.0f : NAN;
+  *start = kOffset ? -zero * sum(total) : 0;
+}
+
+// Brings columns [begin, end) of one row into the form that `w` multiplies; x is padded with zeros.
+void prepare(const Matrix& w, const float* x, int begin, int end, const Input& in, int row) {
+  if (w.format == Format::kPackedBF16) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(in.codes + size_t(row) * in.code_stride);
+    for (int k = begin; k < end; k += 16) narrow(load(x + k), to + k);
+  } else if (is_integer(w.format)) {
+    const int zero = w.format == Format::kPackedInt8 ? 128 : 8;
+    for (int g = begin / w.group; g * w.group < end; g++) {
+      const size_t at = size_t(row) * in.group_stride + g;
+      quantise_group(x + g * w.group, w.group, zero,
+                     in.codes + size_t(row) * in.code_stride + g * w.group, in.scales + at,
+                     in.starts + at);
+    }
+  }
+}
+
+// --- packed panels -------------------------------------------------------------------------------
+
+// sums[M][32] (+)= groups [begin, end) of a panel, whose bytes start at `w`.
+template <int kZero, int M>
+inline void int_tile(const unsigned char* w, int group, int begin, int end, const Input& in, int row,
+                     float* sums, size_t ahead) {
+  V total[M][2];
+  const int8_t* a[M];
+  for (int m = 0; m < M; m++) {
+    for (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
+    a[m] = in.codes + size_t(row + m) * in.code_stride + size_t(begin) * group;
+  }
+  const int32_t* starts = in.starts + size_t(row) * in.group_stride;
+  const float* scales = in.scales + size_t(row) * in.group_stride;
+  for (int g = begin; g < end; g++) {
+    const _Float16* scale = reinterpret_cast<const _Float16*>(w);
+    __builtin_prefetch(w + ahead);
+    w += kScaleBytes;
+    I acc[M][2];
+    for (int m = 0; m < M; m++)
+      acc[m][0] = acc[m][1] = splat(starts[size_t(m) * in.group_stride + g]);
+#pragma GCC unroll 8
+    for (int k = 0; k < group; k += 4) {
+      U low, high;
+      if (kZero == 8) {
+        const U both = load_as<U>(w);
+        low = both & 0x0F0F0F0Fu, high = (both >> 4) & 0x0F0F0F0Fu;
+        __builtin_prefetch(w + ahead);
+        w += 64;
+      } else {
+        low = load_as<U>(w), high = load_as<U>(w + 64);
+        __builtin_prefetch(w + ahead);
+        __builtin_prefetch(w + ahead + 64);
+        w += 128;
+      }
+      for (int m = 0; m < M; m++) {
+        const U four = splat_at(a[m] + k);
+        acc[m][0] = dot_int<kZero>(acc[m][0], low, four);
+        acc[m][1] = dot_int<kZero>(acc[m][1], high, four);
+      }
+    }
+    const V scale0 = widen(scale), scale1 = widen(scale + 16);
+    for (int m = 0; m < M; m++) {
+      const V by = splat(scales[size_t(m) * in.group_stride + g]);
+      total[m][0] = fma(__builtin_convertvector(acc[m][0], V), scale0 * by, total[m][0]);
+      total[m][1] = fma(__builtin_convertvector(acc[m][1], V), scale1 * by, total[m][1]);
+      a[m] += group;
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
+}
+
+template <int M>
+inline void bf16_tile(const unsigned char* w, int begin, int end, const Input& in, int row,
+                      float* sums, size_t ahead) {
+  V total[M][2];
+  const int8_t* a[M];
+  for (int m = 0; m < M; m++) {
+    for (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
+    a[m] = in.codes + size_t(row + m) * in.code_stride;
+  }
+#pragma GCC unroll 4
+  for (int pair = begin; pair < end; pair++) {
+    const U w0 = load_as<U>(w), w1 = load_as<U>(w + 64);
+    __builtin_prefetch(w + ahead);
+    __builtin_prefetch(w + ahead + 64);
+    w += 128;
+    for (int m = 0; m < M; m++) {
+      const U two = splat_at(a[m] + size_t(pair) * 4);
+      total[m][0] = dot_bf16(total[m][0], w0, two);
+      total[m][1] = dot_bf16(total[m][1], w1, two);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
+}
+
+// Calls the tile for `rows` rows, which is at most M.
+template <int M>
+inline void tile_of(const Matrix& w, const unsigned char* at, int begin, int end, const Input& in,
+                    int row, int rows, float* sums, size_t ahead) {
+  if constexpr (M > 1) {
+    if (rows < M) return tile_of<M - 1>(w, at, begin, end, in, row, rows, sums, ahead);
+  }
+  if (w.format == Format::kPackedBF16) return bf16_tile<M>(at, begin, end, in, row, sums, ahead);
+  if constexpr (M <= kIntRows) {
+    if (w.format == Format::kPackedInt4)
+      int_tile<8, M>(at, w.group, begin, end, in, row, sums, ahead);
+    else
+      int_tile<128, M>(at, w.group, begin, end, in, row, sums, ahead);
+  }
+}
+
+// sums[rows][32]: one panel times all rows. A block of the panel stays in the cache for all rows; only
+// the first tile streams it from memory, and asks for what comes behind it.
+void packed_panel(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
+  const int widest = w.format == Format::kPackedBF16 ? kBf16Rows : kIntRows;
+  const int tiles = (rows + widest - 1) / widest, height = (rows + tiles - 1) / tiles;
+  const int width = w.format == Format::kPackedBF16 ? 2 : w.group, groups = w.groups();
+  const int block = tiles == 1 ? groups : kBlockColumns / width;
+  const unsigned char* at = static_cast<const unsigned char*>(w.data) + size_t(panel) * w.panel_bytes();
+  for (int begin = 0; begin < groups; begin += block) {
+    const int end = begin + block < groups ? begin + block : groups;
+    for (int row = 0; row < rows; row += height) {
+      const int count = rows - row < height ? rows - row : height;
+      tile_of<kBf16Rows>(w, at + size_t(begin) * w.group_bytes(), begin, end, in, row, count,
+                         sums + size_t(row) * 32, row == 0 ? kAhead : 0);
+    }
+  }
+}
+
+// --- plain matrices ------------------------------------------------------------------------------
+
+template <int M, int N, class T>
+inline void plain_tile(const float* x, int ldx, const T* w, int cols, float* sums) {
+  V acc[M][N] = {};
+  int k = 0;
+  for (; k + 16 <= cols; k += 16) {
+    V b[N];
+    for (int n = 0; n < N; n++) b[n] = widen(w + size_t(n) * cols + k);
+    for (int m = 0; m < M; m++) {
+      V a = load(x + size_t(m) * ldx + k);
+      for (int n = 0; n < N; n++) acc[m][n] = fma(a, b[n], acc[m][n]);
+    }
+  }
+  if (k < cols) {
+    for (int n = 0; n < N; n++) {
+      V b = widen_some(w + size_t(n) * cols + k, cols - k);
+      for (int m = 0; m < M; m++) acc[m][n] = fma(load(x + size_t(m) * ldx + k), b, acc[m][n]);
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    if constexpr (N == 4) {
+      const V4 four = reduce4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+      std::memcpy(sums + m * 32, &four, sizeof four);
+    } else {
+      for (int n = 0; n < N; n++) sums[m * 32 + n] = reduce(acc[m][n]);
+    }
+  }
+}
+
+template <int N, class T>
+inline void plain_columns(const Input& in, int rows, const T* w, int cols, float* sums) {
+  const int ld = in.ld;
+  int m = 0;
+  for (; m + 4 <= rows; m += 4)
+    plain_tile<4, N>(in.x + size_t(m) * ld, ld, w, cols, sums + size_t(m) * 32);
+  for (; m < rows; m++) plain_tile<1, N>(in.x + size_t(m) * ld, ld, w, cols, sums + size_t(m) * 32);
+}
+
+template <class T>
+void plain_panel(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
+  const int first = panel * kPanelRows;
+  const int count = w.rows - first < kPanelRows ? w.rows - first : kPanelRows;
+  const T* at = static_cast<const T*>(w.data) + size_t(first) * w.cols;
+  int n = 0;
+  for (; n + 4 <= count; n += 4) plain_columns<4>(in, rows, at + size_t(n) * w.cols, w.cols, sums + n);
+  for (; n < count; n++) plain_columns<1>(in, rows, at + size_t(n) * w.cols, w.cols, sums + n);
+}
+
+// sums[rows][32]: outputs [32 panel, 32 panel + 32) of all rows; those past the last are not defined.
+void panel_sums(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
+  switch (w.format) {
+    case Format::kF32: return plain_panel<float>(w, panel, in, rows, sums);
+    case Format::kBF16: return plain_panel<uint16_t>(w, panel, in, rows, sums);
+    case Format::kF16: return plain_panel<_Float16>(w, panel, in, rows, sums);
+    default: return packed_panel(w, panel, in, rows, sums);
+  }
+}
+
+}  // namespace
+}  // namespace baton
