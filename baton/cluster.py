@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from services.decode.config import DecodeConfig
+from services.engine.weights.names import weights_class
 from services.kv_store.config import KvStoreConfig
 from services.ops.config import as_arguments, option
 from services.ops.errors import ConfigError
@@ -59,6 +60,8 @@ class ClusterSpec:
     arena_bytes: int = option(256 << 20, "size of each arena")
     disk_dir: str = option("", "directory of the stores' tier on disk; empty: none")
     disk_bytes: int = option(4 << 30, "bound of each store's tier on disk")
+    weights: str = option("as-is", "of native workers: as-is, bf16, int8 or int4")
+    weights_cache: str = option("", "packed weights; empty: in XDG_CACHE_HOME/baton")
     prefill_device: str = option("cpu", "cpu, or a torch device: cuda, xpu, npu")
     prefill_class: str = option("", "its numerics class; empty: asked of the device at start")
     cpus: tuple[int, ...] = option((), "cores to share out, like 0-3; empty: all that are allowed")
@@ -92,6 +95,9 @@ class ClusterSpec:
             raise ConfigError(f"medium: {self.medium!r} is neither shm nor zmq")
         object.__setattr__(self, "roles", self.roles or ROLES)
         self._check_hosts()
+        weights_class(self.weights)
+        if self.weights_cache:
+            object.__setattr__(self, "weights_cache", os.path.abspath(self.weights_cache))
         for name in ("decode", "prefill"):
             if name in self.roles and getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is less than 1")
@@ -249,6 +255,7 @@ def _prefill(spec: ClusterSpec, n: int) -> ProcessSpec:
         host=spec.host,
         scheduler=spec.control,
         arena_dir=spec.arena_dir(0),
+        **_weights(spec, spec.prefill_device),
         device=spec.prefill_device,
         stream=spec.stream,
         io_core=others[0] if others else -1,
@@ -269,6 +276,7 @@ def _decode(spec: ClusterSpec, n: int) -> ProcessSpec:
         host=spec.host,
         scheduler=spec.control,
         arena_dir=spec.arena_dir(spec.stores - 1),
+        **_weights(spec, "cpu"),
         cores=spec.cores()[1],
         unsafe=spec.unsafe,
     )
@@ -286,7 +294,19 @@ def _shared(spec: ClusterSpec, name: str) -> dict[str, Any]:
 
 
 def _devices(spec: ClusterSpec) -> dict[str, Any]:
-    return {"prefill_device": spec.prefill_class or spec.prefill_device}
+    """The numerics classes, as every process is told them; only native workers take packed weights."""
+    native = f"cpu/{spec.weights}" if weights_class(spec.weights) else "cpu"
+    other = spec.prefill_class or spec.prefill_device
+    return {
+        "prefill_device": native if spec.prefill_device == "cpu" else other,
+        "decode_device": native,
+    }
+
+
+def _weights(spec: ClusterSpec, device: str) -> dict[str, Any]:
+    if device != "cpu":
+        return {}
+    return {"weights": spec.weights, "weights_cache": spec.weights_cache}
 
 
 def _process(spec: ClusterSpec, role: str, config: Any) -> ProcessSpec:

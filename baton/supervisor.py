@@ -33,6 +33,7 @@ from baton.handle import (
     tail,
     write_atomically,
 )
+from services.engine.weights.names import AS_IS
 from services.ops import config, lifecycle, log
 from services.ops.errors import ConfigError
 from services.ops.private import private_directory
@@ -44,6 +45,7 @@ BACKOFF_S_MIN, BACKOFF_S_MAX = 0.1, 5.0
 READY_S_MAX = 120.0
 STOP_S_MAX = 5.0
 STOP_ORDER = (("prefill", "decode"), ("scheduler",), ("kv-store",))
+PACKING = ("model", "weights", "weights_cache", "log_level")  # options of services.engine.weights
 _logger = log.get("supervisor")
 
 
@@ -304,6 +306,20 @@ def with_prefill_class(spec: ClusterSpec) -> ClusterSpec:
     return dataclasses.replace(spec, prefill_class=asked.stdout.strip())
 
 
+def pack_weights(spec: ClusterSpec) -> None:
+    """Packs the weights before workers are waited for, in a process that may use every core.
+
+    Its progress goes to standard error. Raises ConfigError when they cannot be packed.
+    """
+    workers = {"prefill", "decode"} if spec.prefill_device == "cpu" else {"decode"}
+    if spec.weights == AS_IS or not workers.intersection(spec.roles):
+        return
+    arguments = [f"--{name.replace('_', '-')}={getattr(spec, name)}" for name in PACKING]
+    command = [sys.executable, "-m", "services.engine.weights", *arguments]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise ConfigError(f"weights: {spec.model} could not be packed as {spec.weights}")
+
+
 async def supervise(
     spec: ClusterSpec, on_ready: Callable[[dict[str, Any]], None], stop_on_eof: bool = False
 ) -> None:
@@ -313,6 +329,7 @@ async def supervise(
         stop = lifecycle.stop_event()
         if stop_on_eof:
             _stop_on_eof(stop)
+        await asyncio.to_thread(pack_weights, spec)
         await Supervisor(with_prefill_class(spec)).run(stop, on_ready)
 
 

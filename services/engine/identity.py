@@ -7,6 +7,7 @@ from pathlib import Path
 
 from services.engine.checkpoint import Checkpoint
 from services.engine.model import ModelConfig
+from services.engine.weights.names import AS_IS, weights_class
 from services.kv.identity import fingerprint
 from services.kv.layout import KvLayout
 from services.ops.errors import ConfigError
@@ -15,15 +16,22 @@ NATIVE_NUMERICS = "native-2"  # raise the number when a kernel's rounding change
 CODEC = "raw"
 
 
+def native_numerics(weights: str) -> str:
+    """The native engine's class; `weights`: what their format adds to it."""
+    return f"{NATIVE_NUMERICS}/{weights}" if weights else NATIVE_NUMERICS
+
+
 def numerics_of(device_class: str) -> str:
     """The numerics class that a cluster was told: KV is bit-identical only within one.
 
-    `cpu` is the native engine's. Any other must be spelled out, because most processes of a cluster
+    `cpu` is the native engine's over the checkpoint's own weights, `cpu/int4` its class over weights
+    in that format. Any other must be spelled out, because most processes of a cluster
     have neither torch nor the device: a bare `cuda` would be one class for cards that round
     differently. Raises ConfigError for such a name.
     """
-    if device_class == "cpu":
-        return NATIVE_NUMERICS
+    device, _, format = device_class.partition("/")
+    if device == "cpu":
+        return native_numerics(weights_class(format or AS_IS))
     if "/" not in device_class:
         raise ConfigError(
             f"prefill_device, decode_device: {device_class!r} is not a numerics class; "
@@ -37,6 +45,8 @@ def numerics_of(device_class: str) -> str:
 class ModelIdentity:
     """One model directory as every process of a cluster must see it.
 
+    `weights`: the digest of the checkpoint's.
+
     `one_class`: prefill and decode compute the same bits, so either may go on from, or reuse, what
     the other has computed for the same tokens.
     """
@@ -44,6 +54,7 @@ class ModelIdentity:
     config: ModelConfig
     layout: KvLayout
     fingerprint: str
+    weights: str
     one_class: bool = True
 
 
@@ -64,5 +75,6 @@ def identify(
         kv_dtype,
     )
     prefill, decode = numerics_of(prefill_device), numerics_of(decode_device)
-    mark = fingerprint(checkpoint.digest(), layout.describe(), CODEC, prefill, decode)
-    return ModelIdentity(config, layout, mark, prefill == decode)
+    digest = checkpoint.digest()
+    mark = fingerprint(digest, layout.describe(), CODEC, prefill, decode)
+    return ModelIdentity(config, layout, mark, digest, prefill == decode)

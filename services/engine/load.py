@@ -2,22 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from services.engine.backend import Backend
-from services.engine.checkpoint import load_weights
+from services.engine.checkpoint import Checkpoint, WeightView, load_weights
 from services.engine.identity import numerics_of
 from services.engine.model import ModelConfig
-from services.engine.native_backend import NativeBackend, NativePages
+from services.engine.native_backend import NativeBackend, NativePages, Weight
+from services.engine.weights.names import AS_IS, weights_class
 from services.ops.errors import LayoutMismatch
 
 
-def load_backend(device: str, directory: str, config: ModelConfig, pages: NativePages) -> Backend:
-    """`cpu` is the native engine; `cuda`, `xpu`, `npu` and `torch-cpu` go through torch."""
-    weights = load_weights(directory, config)
+@dataclass(frozen=True)
+class Weights:
+    """Which weights a worker computes with.
+
+    format: one of `formats.FORMATS`. cache: the directory of packed weights; empty: the user's.
+    digest: the checkpoint's, if it is known already.
+    """
+
+    format: str = AS_IS
+    cache: str = ""
+    digest: str = ""
+
+
+def load_backend(
+    device: str, directory: str, config: ModelConfig, pages: NativePages,
+    weights: Weights = Weights(),
+) -> Backend:  # fmt: skip
+    """`cpu` is the native engine; `cuda`, `xpu`, `npu` and `torch-cpu` go through torch.
+
+    Weights that are to be packed and are not yet in the cache are packed first. Raises ConfigError for
+    a format or a cache that cannot be used.
+    """
+    views = load_weights(directory, config)
+    name = weights_class(weights.format)
     if device == "cpu":
-        return NativeBackend(config, weights, pages)
+        served = packed_weights(directory, config, views, weights) if name else views
+        return NativeBackend(config, served, pages, weights_class=name)
     from services.engine.torch_backend import TorchBackend  # torch takes a second to import
 
-    return TorchBackend(config, weights, pages, device=device.removeprefix("torch-"))
+    if name:
+        from services.engine.weights.dequantised import dequantised
+
+        views = dequantised(config, views, weights.format)
+    return TorchBackend(
+        config, views, pages, device=device.removeprefix("torch-"), weights_class=name
+    )
+
+
+def packed_weights(
+    directory: str, config: ModelConfig, views: dict[str, WeightView], weights: Weights
+) -> dict[str, Weight]:
+    """The checkpoint's tensors with the packed matrices in place of its own."""
+    from services.engine.weights.cache import obtain, recipe_of
+
+    digest = weights.digest or Checkpoint(Path(directory)).digest()
+    packed = obtain(weights.cache, recipe_of(digest, weights.format), config, views)
+    return {**views, **packed}
 
 
 def require_numerics(backend: Backend, device_class: str) -> None:
@@ -25,6 +68,6 @@ def require_numerics(backend: Backend, device_class: str) -> None:
     expected = numerics_of(device_class)
     if backend.numerics != expected:
         raise LayoutMismatch(
-            f"device: its numerics class is {backend.numerics}, the cluster's is {expected}; pages "
-            "of both under one fingerprint would be taken for one another"
+            f"device, weights: the numerics class is {backend.numerics}, the cluster's is "
+            f"{expected}; pages of both under one fingerprint would be taken for one another"
         )

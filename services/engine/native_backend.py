@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from services import _native
 from services.engine.backend import PageSource, Rows, check_layout
 from services.engine.checkpoint import EMBEDDING, LM_HEAD, WeightView
-from services.engine.identity import NATIVE_NUMERICS
+from services.engine.identity import native_numerics
 from services.engine.model import ModelConfig
 from services.engine.packed import PackedMatrix
 from services.engine.rope import rope_tables
@@ -80,7 +80,7 @@ class NativeBackend:
 
     @property
     def numerics(self) -> str:
-        return f"{NATIVE_NUMERICS}/{self._weights_class}".removesuffix("/")
+        return native_numerics(self._weights_class)
 
     @property
     def threads(self) -> int:
@@ -104,7 +104,6 @@ class NativeBackend:
         assert self._next_group == self._groups, "logits before the last group"
         out: NDArray[np.float32] = self._engine.logits(which)
         return out
-
 
     def step(self, rows: Rows, seeds: NDArray[np.uint32] | None = None) -> NDArray[np.float32]:
         """A whole pass in one call without the interpreter lock: float32[len(rows), vocab].

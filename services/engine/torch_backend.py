@@ -67,7 +67,8 @@ class TorchBackend:
     """One model on one torch device: implements `Backend`.
 
     Weights are copied to the device as `compute_dtype`; attention and norms are in float32 always.
-    `tile` is the rows of one product; 0 is the device's own number. Raises ModelError if the layout
+    `tile` is the rows of one product; 0 is the device's own number. `weights_class` is what the
+    weights' format adds to the numerics class. Raises ModelError if the layout
     does not fit the model, ConfigError if torch has no such device, NumericsError if a row's result
     depends on its place in its tile there.
     """
@@ -81,6 +82,7 @@ class TorchBackend:
         device: str = "cpu",
         compute_dtype: str = "float32",
         tile: int = 0,
+        weights_class: str = "",
     ) -> None:
         """Reads `weights` once, at construction; `pages` is read and written by every pass."""
         if compute_dtype not in _COMPUTE_DTYPES:
@@ -92,7 +94,8 @@ class TorchBackend:
         make_exact(self._device)
         self._dtype = _COMPUTE_DTYPES[compute_dtype]
         self._tile = tile or tile_rows(self._device)
-        self._numerics = numerics_class(self._device, compute_dtype, self._tile)
+        own = numerics_class(self._device, compute_dtype, self._tile)
+        self._numerics = f"{own}/{weights_class}" if weights_class else own
         self._weights = self._upload(weights)
         cos, sin = rope_tables(config, config.max_context)
         self._cos = torch.from_numpy(cos).to(self._device)

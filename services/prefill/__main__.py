@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from baton.v1 import cluster_pb2, control_pb2
-from services.engine.load import load_backend, require_numerics
+from services.engine.load import Weights, load_backend, require_numerics
 from services.kv.worker import ArenaHold, join
 from services.ops import config, lifecycle, log
 from services.ops.keys import Keys
@@ -24,7 +24,10 @@ class PrefillWorker:
         self._settings, self._hold = settings, hold
         self._loop = asyncio.get_running_loop()
         self._link: SchedulerLink | None = None
-        backend = load_backend(settings.device, settings.model, hold.identity.config, hold.arena)
+        weights = Weights(settings.weights, settings.weights_cache, hold.identity.weights)
+        backend = load_backend(
+            settings.device, settings.model, hold.identity.config, hold.arena, weights
+        )
         require_numerics(backend, settings.prefill_device)
         self.engine = PrefillEngine(settings, hold.arena, backend, self._report, keys)
 

@@ -19,6 +19,8 @@ class PrefillConfig:
     scheduler: str = option("127.0.0.1:50052", "the scheduler's control address")
     arena_dir: str = option("/dev/shm/baton", "directory of this host's arena")
     device: str = option("cpu", "cpu, or a torch device: cuda, xpu, npu")
+    weights: str = option("as-is", "as-is, bf16, int8 or int4")
+    weights_cache: str = option("", "packed weights; empty: in XDG_CACHE_HOME/baton")
     prefill_device: str = option("cpu", "numerics class of prefill, part of the fingerprint")
     decode_device: str = option("cpu", "numerics class of decode, part of the fingerprint")
     chunk_tokens: int = option(256, "tokens of one chunk, at absolute positions")

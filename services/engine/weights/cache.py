@@ -9,19 +9,21 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.engine.checkpoint import WeightView
 from services.engine.errors import ModelError
 from services.engine.model import ModelConfig
+from services.engine.packed import PACK_VERSION, PackedMatrix
 from services.engine.weights import packedfile
-from services.engine.weights.formats import F32, FORMATS, QuantisedMatrix, round_to_bf16
-from services.engine.weights.packedfile import BadPack, PackedMatrix, Recipe
-from services.engine.weights.packing import Bf16Matrix, Packing
+from services.engine.weights.formats import F32, QuantisedMatrix, round_to_bf16
+from services.engine.weights.names import FORMATS, ROUNDING_VERSION
+from services.engine.weights.packedfile import BadPack, Recipe
 from services.engine.weights.plan import Item, items, slabs
 from services.engine.weights.progress import progress
 from services.engine.weights.rounding import quantise
@@ -29,10 +31,7 @@ from services.ops import log
 from services.ops.errors import ConfigError
 from services.ops.private import private_directory
 
-ROUNDING_VERSION = 1  # raise it when the same weights give other codes
-
 _logger = log.get("weights")
-Quantiser = Callable[[Item, WeightView], "QuantisedMatrix | Bf16Matrix"]
 
 
 def default_directory(environ: Mapping[str, str] = os.environ) -> Path:
@@ -41,19 +40,14 @@ def default_directory(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(base) / "baton"
 
 
-def recipe_of(digest: str, format: str, packing: Packing) -> Recipe:
-    if format not in FORMATS[1:]:
-        raise ConfigError(f"weights: {format!r} is not one of {', '.join(FORMATS)}")
-    return Recipe(digest, format, packing.name, packing.version, ROUNDING_VERSION)
+def recipe_of(digest: str, format: str) -> Recipe:
+    """How weights with this digest are packed now."""
+    assert format in FORMATS[1:]
+    return Recipe(digest, format, PACK_VERSION, ROUNDING_VERSION)
 
 
 def obtain(
-    directory: Path | str,
-    recipe: Recipe,
-    config: ModelConfig,
-    weights: Mapping[str, WeightView],
-    packing: Packing,
-    round_one: Quantiser | None = None,
+    directory: Path | str, recipe: Recipe, config: ModelConfig, weights: Mapping[str, WeightView]
 ) -> dict[str, PackedMatrix]:
     """The model's packed matrices, by their names in the checkpoint.
 
@@ -70,27 +64,33 @@ def obtain(
         started = time.monotonic()
         _logger.info("packing weights", format=recipe.format, path=str(path))
         wanted = items(config, recipe.format)
-        packed = _pack_all(wanted, weights, packing, round_one or round_plainly)
-        packedfile.write(path, recipe, [item.tensor for item in wanted], packed)
+        names = [item.tensor for item in wanted]
+        packedfile.write(path, recipe, names, _pack_all(wanted, weights))
         _logger.info("weights packed", seconds=round(time.monotonic() - started, 2))
     return packedfile.attach(path, recipe)
 
 
-def round_plainly(item: Item, view: WeightView) -> QuantisedMatrix | Bf16Matrix:
-    """A matrix in its format, by its weights alone. Raises ModelError naming the tensor."""
-    threads = len(os.sched_getaffinity(0))
+def packed(item: Item, view: WeightView) -> PackedMatrix:
+    """One matrix in its format. Raises ModelError naming the tensor."""
     try:
         if item.format == "bf16":
-            return np.concatenate([_bf16(part) for part in slabs(view)])
-        parts = [quantise(item.format, part, item.group, threads) for part in slabs(view)]
+            return PackedMatrix.of_bf16(np.concatenate([_bf16(part) for part in slabs(view)]))
+        rounded = quantised(item, view)
     except ModelError as error:
         raise ModelError(f"{item.tensor}: {error}") from error
+    return PackedMatrix.of_codes(item.format, rounded.codes, rounded.scales, rounded.group)
+
+
+def quantised(item: Item, view: WeightView) -> QuantisedMatrix:
+    """The codes and scales of an int8 or int4 matrix."""
+    threads = len(os.sched_getaffinity(0))
+    parts = [quantise(item.format, part, item.group, threads) for part in slabs(view)]
     codes = np.concatenate([part.codes for part in parts])
     scales = np.concatenate([part.scales for part in parts])
     return QuantisedMatrix(item.format, codes, scales, item.group)
 
 
-def _bf16(part: F32) -> Bf16Matrix:
+def _bf16(part: F32) -> NDArray[np.uint16]:
     if not np.isfinite(part).all():
         raise ModelError("a weight is not a finite number")
     return round_to_bf16(part)
@@ -109,15 +109,13 @@ def _attach(path: Path, recipe: Recipe) -> dict[str, PackedMatrix] | None:
         raise ConfigError(f"weights_cache: cannot read {path}: {error.strerror}") from error
 
 
-def _pack_all(
-    wanted: list[Item], weights: Mapping[str, WeightView], packing: Packing, quantiser: Quantiser
-) -> Iterator[PackedMatrix]:
+def _pack_all(wanted: list[Item], weights: Mapping[str, WeightView]) -> Iterator[PackedMatrix]:
     """One packed matrix after another."""
     total = sum(weights[item.tensor].array.size for item in wanted)
     with progress(total) as advance:
         for item in wanted:
             view = weights[item.tensor]
-            yield packing.pack(quantiser(item, view))
+            yield packed(item, view)
             advance(view.array.size)
 
 

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 
-FORMATS = ("as-is", "bf16", "int8", "int4")
 GROUPS = {"bf16": 0, "int8": 32, "int4": 32}  # columns under one scale
 ACTIVATION_CODE_MAX = np.float32(127)
 ACTIVATION_MIN = np.float32(1e-30)  # a group whose largest magnitude is below it counts as zero

@@ -6,7 +6,7 @@
 The header holds the recipe, the file's size, and each matrix's format, shape, offset, size and CRC32C.
 A file is written under another name, synced and renamed: what has the right name was complete once.
 Checksums tell what became of it since; they are read once after each boot, because every later worker
-sees the same pages in memory. What a buffer means is for `packing.py`.
+sees the same pages in memory. What a matrix's bytes mean is for `engine/packed.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from services import _native
+from services.engine.packed import PackedMatrix
 from services.ops.errors import ConfigError
 
 MAGIC = b"BATONWT1"
@@ -43,33 +43,19 @@ class BadPack(Exception):
 class Recipe:
     """What packed weights are made from, and how: equal recipes give equal files.
 
-    weights: `Checkpoint.digest()`. packing, version: the layout of a matrix's bytes. rounding: the
-    quantiser's version. calibration: the digest of the text that errors were compensated on, or "".
+    weights: `Checkpoint.digest()`. packing: the version of a packed matrix's layout. rounding: that
+    of the quantiser.
     """
 
     weights: str
     format: str
-    packing: str
-    version: int
+    packing: int
     rounding: int
-    calibration: str = ""
 
     @property
     def file_name(self) -> str:
-        tail = f"-{self.calibration[:8]}" if self.calibration else ""
-        layout = f"{self.packing}{self.version}"
-        return f"{self.weights[:16]}-{self.format}-{layout}-r{self.rounding}{tail}.weights"
-
-
-@dataclass(frozen=True, eq=False)
-class PackedMatrix:
-    """data: uint8[bytes], laid out as the recipe's packing says; in a mapping it is read-only."""
-
-    format: str
-    rows: int
-    cols: int
-    group: int
-    data: NDArray[np.uint8]
+        version = f"p{self.packing}-r{self.rounding}"
+        return f"{self.weights[:16]}-{self.format}-{version}.weights"
 
 
 def write(path: Path, recipe: Recipe, names: list[str], matrices: Iterable[PackedMatrix]) -> None:
@@ -96,7 +82,8 @@ def write(path: Path, recipe: Recipe, names: list[str], matrices: Iterable[Packe
 def attach(path: Path, recipe: Recipe) -> dict[str, PackedMatrix]:
     """Maps the file read-only; raises BadPack, saying why, or FileNotFoundError.
 
-    The matrices keep the mapping alive. Nobody may write to the file while it has this name.
+    The matrices, by their names, keep the mapping alive. Nobody may write to the file while it has
+    this name.
     """
     with path.open("rb") as file:
         facts = os.fstat(file.fileno())
