@@ -55,7 +55,13 @@ def _native(level: str) -> BackendFactory:
 
 def levels() -> list[str]:
     """The instruction sets this processor runs."""
-    needed = {"vnni": "avx512_bf16", "v4": "avx512vl", "v3": "avx2", "dotprod": "asimddp", "base": ""}
+    needed = {
+        "vnni": "avx512_bf16",
+        "v4": "avx512vl",
+        "v3": "avx2",
+        "dotprod": "asimddp",
+        "base": "",
+    }
     flags = Path("/proc/cpuinfo").read_text()
     return [level for level, flag in needed.items() if flag in flags]
 

@@ -55,7 +55,10 @@ def best_scales(format: str, columns: F32) -> NDArray[np.float16]:
     at = np.abs(columns).argmax(axis=0)
     extreme = np.take_along_axis(columns, at[None], axis=0)[0]
     if format == "int8":
-        return _as_scale(np.abs(extreme) / np.float32(CODE_RANGE[format][1]))
+        largest, top = np.abs(extreme), np.float32(CODE_RANGE[format][1])
+        scales = _as_scale(largest / top)
+        short = largest > scales * (top + np.float32(0.5))  # tiny scales have few bits in float16
+        return np.where(short, np.nextafter(scales, np.float16(1)), scales)
     return _as_scale(_search(columns, extreme))
 
 
