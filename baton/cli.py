@@ -27,7 +27,8 @@ from services.ops.errors import BatonError, ConfigError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 ELSEWHERE = {"chaos": "break a cluster on purpose and check that no stream notices",
-             "bench": "measure a cluster"}  # fmt: skip
+             "bench": "measure a cluster",
+             "accuracy": "what a weight format costs in perplexity"}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
