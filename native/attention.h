@@ -57,17 +57,17 @@ inline Head<T> head_in(const Pages& pages, uint32_t page, int layer_in_group, in
 inline void transpose(const U (&in)[16], uint32_t* out, int stride) {
 #if defined(__AVX512F__)
   __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
+  BATON_EACH (int i = 0; i < 16; i += 2) {
     a[i] = _mm512_unpacklo_epi32((__m512i)in[i], (__m512i)in[i + 1]);
     a[i + 1] = _mm512_unpackhi_epi32((__m512i)in[i], (__m512i)in[i + 1]);
   }
-  for (int i = 0; i < 16; i += 4) {
+  BATON_EACH (int i = 0; i < 16; i += 4) {
     b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
     b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
     b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
     b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
   }
-  for (int i = 0; i < 4; i++) {  // columns i, 4 + i, 8 + i, 12 + i lie in the quarters of b[4 * _ + i]
+  BATON_EACH (int i = 0; i < 4; i++) {  // columns i, 4 + i, 8 + i, 12 + i lie in the quarters of b[4 * _ + i]
     const __m512i p = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
     const __m512i q = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
     const __m512i r = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xDD);
@@ -83,21 +83,22 @@ inline void transpose(const U (&in)[16], uint32_t* out, int stride) {
 #endif
 }
 
+// The first `n` units at `at`, then zeros.
+inline U some_units(const uint32_t* at, int n) {
+  if (n >= 16) return load_as<U>(at);
+  U units{};
+  std::memcpy(&units, at, size_t(n) * 4);
+  return units;
+}
+
 // keys[unit][64] from rows of `units` units; tokens from `last` on are garbage nobody looks at.
-inline void turn_keys(const void* k, int units, int last, uint32_t* keys) {
+__attribute__((noinline)) void turn_keys(const void* k, int units, int last, uint32_t* keys) {
   const uint32_t* rows = static_cast<const uint32_t*>(k);
   for (int t = 0; t < last; t += 16) {
     for (int u = 0; u < units; u += 16) {
       U block[16];
-      for (int r = 0; r < 16; r++) {
-        const uint32_t* at = rows + size_t(t + r) * units + u;
-        if (units - u >= 16) {
-          block[r] = load_as<U>(at);
-        } else {
-          block[r] = U{};
-          std::memcpy(&block[r], at, size_t(units - u) * 4);
-        }
-      }
+      const uint32_t* at = rows + size_t(t) * units + u;
+      BATON_EACH (int r = 0; r < 16; r++) block[r] = some_units(at + size_t(r) * units, units - u);
       transpose(block, keys + size_t(u) * kPageTokens + t, kPageTokens);
     }
   }
@@ -108,17 +109,30 @@ inline void turn_values(const float* v, int dim, int wide, int last, uint32_t* v
     std::memcpy(values + size_t(t) * wide, v + size_t(t) * dim, size_t(dim) * 4);
 }
 
-// Tokens from `last` on count as zero: what lies there may be anything.
-inline void turn_values(const uint16_t* v, int dim, int wide, int last, uint32_t* values) {
+inline U some_values(const uint16_t* at, int n) {
+  H h{};
+  std::memcpy(&h, at, n >= 16 ? sizeof h : size_t(n) * 2);
+  return widened(h);
+}
+
+// Two tokens' bf16 side by side; those from `last` on count as zero: what lies there may be anything.
+__attribute__((noinline)) void turn_values(const uint16_t* v, int dim, int wide, int last,
+                                           uint32_t* values) {
   for (int t = 0; t < last; t += 2) {
     const uint16_t* even = v + size_t(t) * dim;
-    for (int d = 0; d < dim; d += 16) {
-      const int n = dim - d < 16 ? dim - d : 16;
-      H a{}, b{};
-      std::memcpy(&a, even + d, size_t(n) * 2);
-      if (t + 1 < last) std::memcpy(&b, even + dim + d, size_t(n) * 2);
-      const U pair = __builtin_convertvector(a, U) | (__builtin_convertvector(b, U) << 16);
-      std::memcpy(values + size_t(t / 2) * wide + d, &pair, sizeof pair);
+    uint32_t* to = values + size_t(t / 2) * wide;
+    int d = 0;
+    if (t + 1 < last) {
+      for (; d + 16 <= dim; d += 16) {
+        const U pair = widened(load_as<H>(even + d)) |
+                       (widened(load_as<H>(even + dim + d)) << 16);
+        std::memcpy(to + d, &pair, sizeof pair);
+      }
+    }
+    for (; d < dim; d += 16) {
+      U pair = some_values(even + d, dim - d);
+      if (t + 1 < last) pair |= some_values(even + dim + d, dim - d) << 16;
+      std::memcpy(to + d, &pair, sizeof pair);
     }
   }
 }
@@ -134,7 +148,23 @@ struct Queries {
   float* total;    // [wide] of the spans before
   float *top, *sum, *total_top, *total_sum;
   int *first, *last;  // the tokens of the page at hand that the row sees
-  int units, wide;    // padded to lanes
+  int units, wide;    // wide: padded to lanes
+  const char *ask[2] = {};  // the next page's K and V, asked for a few lines at a time
+  size_t ask_lines = 0, ask_step = 0;
+
+  // So many rows are about to be folded: asks for all of both on the way.
+  void ask_for(const void* k, const void* v, size_t bytes, int rows) {
+    ask[0] = static_cast<const char*>(k), ask[1] = static_cast<const char*>(v);
+    ask_lines = bytes / 64;
+    const size_t times = size_t(rows + kTogether - 1) / kTogether * size_t(units);
+    ask_step = (ask_lines + times - 1) / times;
+  }
+  void ask_some() {
+    if (!ask_lines) return;
+    for (size_t i = 0; i < ask_step; i++, ask[0] += 64, ask[1] += 64)
+      __builtin_prefetch(ask[0]), __builtin_prefetch(ask[1]);
+    ask_lines -= ask_step < ask_lines ? ask_step : ask_lines;
+  }
 
   static size_t bytes(int dim) {
     const size_t wide = size_t(to_lanes(dim));
@@ -160,12 +190,12 @@ inline V keep_of(float before, float top) { return exp16(splat(before - top)); }
 
 // The page's weights for one query row, in the form that multiplies values; 64 of them.
 inline void put_weights(const V (&p)[4], float* weights, V (&rounded)[4]) {
-  for (int i = 0; i < 4; i++) store(weights + 16 * i, rounded[i] = p[i]);
+  BATON_EACH (int i = 0; i < 4; i++) store(weights + 16 * i, rounded[i] = p[i]);
 }
 inline void put_weights(const V (&p)[4], uint16_t* weights, V (&rounded)[4]) {
-  for (int i = 0; i < 4; i++) {
+  BATON_EACH (int i = 0; i < 4; i++) {
     const U b = to_bf16(p[i]);
-    const H h = __builtin_convertvector(b, H);
+    const H h = lower_half(b);
     std::memcpy(weights + 16 * i, &h, sizeof h);
     rounded[i] = (V)(b << 16);
   }
@@ -176,7 +206,7 @@ template <class T>
 inline float soften(Queries& s, int row, V (&score)[4], float scale, T* weights) {
   const I first = splat(s.first[row]), last = splat(s.last[row]);
   V most = splat(-INFINITY);
-  for (int i = 0; i < 4; i++) {
+  BATON_EACH (int i = 0; i < 4; i++) {
     const I token = lane_numbers() + 16 * i;
     const I seen = (token >= first) & (token < last);
     score[i] = seen ? score[i] * splat(scale) : splat(-INFINITY);
@@ -184,7 +214,7 @@ inline float soften(Queries& s, int row, V (&score)[4], float scale, T* weights)
   }
   const float before = s.top[row], here = greatest(most), top = here > before ? here : before;
   V p[4], rounded[4];
-  for (int i = 0; i < 4; i++) {
+  BATON_EACH (int i = 0; i < 4; i++) {
     const V weight = exp16(score[i] - splat(top));
     p[i] = score[i] == splat(-INFINITY) ? V{} : weight;
   }
@@ -197,41 +227,42 @@ inline float soften(Queries& s, int row, V (&score)[4], float scale, T* weights)
 
 // out = out * keep + weights * values for N * 16 neighbouring channels of M rows.
 template <class T, int M, int N>
-inline void weigh(Queries& s, int row, int d, int begin, int end, const T (*weights)[kPageTokens],
+__attribute__((noinline)) void weigh(Queries& s, int row, int d, int begin, int end, const T (*weights)[kPageTokens],
                   const float* keep) {
   V acc[M][N];
-  for (int m = 0; m < M; m++)
-    for (int i = 0; i < N; i++)
+  BATON_EACH (int m = 0; m < M; m++)
+    BATON_EACH (int i = 0; i < N; i++)
       acc[m][i] = load(s.out + size_t(row + m) * s.wide + d + 16 * i) * splat(keep[m]);
   for (int u = begin; u < end; u++) {
     const uint32_t* values = s.values + size_t(u) * s.wide + d;
     U v[N];
-    for (int i = 0; i < N; i++) v[i] = load_as<U>(values + 16 * i);
-    for (int m = 0; m < M; m++) {
+    BATON_EACH (int i = 0; i < N; i++) v[i] = load_as<U>(values + 16 * i);
+    BATON_EACH (int m = 0; m < M; m++) {
       const U weight = splat_at(weights[m] + u * kUnit<T>);
-      for (int i = 0; i < N; i++) acc[m][i] = dot<T>(acc[m][i], v[i], weight);
+      BATON_EACH (int i = 0; i < N; i++) acc[m][i] = dot<T>(acc[m][i], v[i], weight);
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int i = 0; i < N; i++) store(s.out + size_t(row + m) * s.wide + d + 16 * i, acc[m][i]);
+  BATON_EACH (int m = 0; m < M; m++)
+    BATON_EACH (int i = 0; i < N; i++) store(s.out + size_t(row + m) * s.wide + d + 16 * i, acc[m][i]);
 }
 
 // Folds the page at hand into M query rows. Each sees at least one of its tokens.
 template <class T, int M>
-inline void fold(Queries& s, int row, float scale) {
+__attribute__((noinline)) void fold(Queries& s, int row, float scale) {
   V score[M][4] = {};
   for (int u = 0; u < s.units; u++) {
+    s.ask_some();
     U key[4];
-    for (int i = 0; i < 4; i++) key[i] = load_as<U>(s.keys + size_t(u) * kPageTokens + 16 * i);
-    for (int m = 0; m < M; m++) {
+    BATON_EACH (int i = 0; i < 4; i++) key[i] = load_as<U>(s.keys + size_t(u) * kPageTokens + 16 * i);
+    BATON_EACH (int m = 0; m < M; m++) {
       const U q = splat_at(s.q + size_t(row + m) * s.wide + u);
-      for (int i = 0; i < 4; i++) score[m][i] = dot<T>(score[m][i], key[i], q);
+      BATON_EACH (int i = 0; i < 4; i++) score[m][i] = dot<T>(score[m][i], key[i], q);
     }
   }
   alignas(64) T weights[M][kPageTokens];
   float keep[M];
   int begin = kPageTokens, end = 0;
-  for (int m = 0; m < M; m++) {
+  BATON_EACH (int m = 0; m < M; m++) {
     keep[m] = soften(s, row + m, score[m], scale, weights[m]);
     begin = s.first[row + m] < begin ? s.first[row + m] : begin;
     end = s.last[row + m] > end ? s.last[row + m] : end;
@@ -240,6 +271,15 @@ inline void fold(Queries& s, int row, float scale) {
   int d = 0;
   for (; d + 64 <= s.wide; d += 64) weigh<T, M, 4>(s, row, d, begin, end, weights, keep);
   for (; d < s.wide; d += 16) weigh<T, M, 1>(s, row, d, begin, end, weights, keep);
+}
+
+// As many of the next rows as there are, at most M.
+template <class T, int M>
+inline void fold_some(Queries& s, int row, int rows, float scale) {
+  if constexpr (M > 1) {
+    if (rows < M) return fold_some<T, M - 1>(s, row, rows, scale);
+  }
+  fold<T, M>(s, row, scale);
 }
 
 // (total, its maximum and sum) with the span at hand behind it.
@@ -314,6 +354,7 @@ void load_queries(Queries& s, const Seen& seen) {
 template <class T>
 void fold_span(Queries& s, const Seen& seen, int span, float scale) {
   const int rows = seen.tile.count * seen.repeat(), dim = seen.m.head_dim;
+  const int until = seen.end(seen.tile.count - 1);
   std::memset(s.out, 0, size_t(rows) * s.wide * 4);
   for (int r = 0; r < rows; r++) s.top[r] = -INFINITY, s.sum[r] = 0;
   for (int block = span * kSpanPages; block < (span + 1) * kSpanPages; block++) {
@@ -321,9 +362,9 @@ void fold_span(Queries& s, const Seen& seen, int span, float scale) {
     int last = 0, low = rows, high = 0;
     for (int r = 0; r < rows; r++) {
       const int token = r / seen.repeat();
-      const int first = seen.begin(token) - base, until = seen.end(token) - base;
+      const int first = seen.begin(token) - base, end = seen.end(token) - base;
       s.first[r] = first > 0 ? first : 0;
-      s.last[r] = until < kPageTokens ? until : kPageTokens;
+      s.last[r] = end < kPageTokens ? end : kPageTokens;
       if (s.first[r] >= s.last[r]) continue;
       low = r < low ? r : low, high = r + 1;
       last = s.last[r] > last ? s.last[r] : last;
@@ -332,9 +373,13 @@ void fold_span(Queries& s, const Seen& seen, int span, float scale) {
     const Head<T> head = head_in<T>(seen.pages, seen.page(block), seen.layer_in_group, seen.head);
     turn_keys(head.k, s.units, last, s.keys);
     turn_values(head.v, dim, s.wide, last, s.values);
-    int r = low;  // rows that see the page lie side by side
-    for (; r + kTogether <= high; r += kTogether) fold<T, kTogether>(s, r, scale);
-    for (; r < high; r++) fold<T, 1>(s, r, scale);
+    if (base + kPageTokens < until) {
+      const uint32_t next = seen.page(block + 1);
+      const Head<T> then = head_in<T>(seen.pages, next, seen.layer_in_group, seen.head);
+      s.ask_for(then.k, then.v, size_t(dim) * sizeof(T) * kPageTokens, high - low);
+    }
+    for (int r = low; r < high; r += kTogether)  // rows that see the page lie side by side
+      fold_some<T, kTogether>(s, r, high - r, scale);
   }
 }
 

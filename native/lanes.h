@@ -14,6 +14,9 @@
 #include <arm_neon.h>
 #endif
 
+// Loops over the registers of a tile; unrolled at once, or the compiler keeps the tile in memory.
+#define BATON_EACH _Pragma("GCC unroll 16") for
+
 namespace baton {
 namespace {
 
@@ -169,9 +172,32 @@ inline int32_t sum(I a) {
   return total;
 }
 
+// Between widths of integers; the compiler's own way takes halves.
+inline U widened(H h) {
+#if defined(__AVX512F__)
+  return (U)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+  return __builtin_convertvector(h, U);
+#endif
+}
+inline H lower_half(U u) {
+#if defined(__AVX512F__)
+  return (H)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+  return __builtin_convertvector(u, H);
+#endif
+}
+inline B lower_byte(I i) {
+#if defined(__AVX512F__)
+  return (B)_mm512_cvtepi32_epi8((__m512i)i);
+#else
+  return __builtin_convertvector(i, B);
+#endif
+}
+
 // 16 weights or cached values as floats; `n` < 16 reads no further and fills with zeros.
 inline V widen(const float* p) { return load(p); }
-inline V widen(const uint16_t* p) { return (V)(__builtin_convertvector(load_as<H>(p), U) << 16); }
+inline V widen(const uint16_t* p) { return (V)(widened(load_as<H>(p)) << 16); }
 inline V widen(const _Float16* p) {
 #if defined(__AVX512F__)
   return (V)_mm512_cvtph_ps(load_as<__m256i>(p));
@@ -187,6 +213,7 @@ inline V widen(const _Float16* p) {
 }
 template <class T>
 inline V widen_some(const T* p, int n) {
+  if (n == 16) return widen(p);
   T some[16] = {};
   std::memcpy(some, p, size_t(n) * sizeof(T));
   return widen(some);
@@ -200,11 +227,12 @@ inline U to_bf16(V f) {
 }
 inline void narrow(V f, float* out) { store(out, f); }
 inline void narrow(V f, uint16_t* out) {
-  const H h = __builtin_convertvector(to_bf16(f), H);
+  const H h = lower_half(to_bf16(f));
   std::memcpy(out, &h, sizeof h);
 }
 template <class T>
 inline void narrow_some(V f, T* out, int n) {
+  if (n == 16) return narrow(f, out);
   T some[16];
   narrow(f, some);
   std::memcpy(out, some, size_t(n) * sizeof(T));

@@ -99,28 +99,26 @@ class PyEngine {
     py::gil_scoped_release release;
     engine_.run_group(group);
   }
-  Array<float> logits(const Array<int32_t>& which) {
-    Array<float> out({which.size(), py::ssize_t(engine_.vocab())});
+  py::object logits(const Array<int32_t>& which) {
+    const py::ssize_t count = which.size();
+    float* to = room_for(count);
     const int32_t* rows = which.data();
-    float* to = out.mutable_data();
-    const int count = int(which.size());
     {
       py::gil_scoped_release release;
-      engine_.logits(rows, count, to);
+      engine_.logits(rows, int(count), to);
     }
-    return out;
+    return out_[py::slice(0, count, 1)];
   }
-  Array<float> step(const std::optional<Array<uint32_t>>& seeds) {
+  py::object step(const std::optional<Array<uint32_t>>& seeds) {
     const py::ssize_t rows = engine_.rows();
     if (seeds && seeds->size() != rows) throw py::value_error("seeds: one for each row");
-    Array<float> out({rows, py::ssize_t(engine_.vocab())});
+    float* to = room_for(rows);
     const uint32_t* of = seeds ? seeds->data() : nullptr;
-    float* to = out.mutable_data();
     {
       py::gil_scoped_release release;
       engine_.step(of, to);
     }
-    return out;
+    return out_[py::slice(0, rows, 1)];
   }
   size_t read_weights() {
     py::gil_scoped_release release;
@@ -130,6 +128,13 @@ class PyEngine {
   int threads() const { return engine_.threads(); }
 
  private:
+  // Logits are megabytes, and fresh ones cost more than a step: they are used again once the caller has
+  // let go of them.
+  float* room_for(py::ssize_t rows) {
+    if (rows > out_.shape(0) || out_.ref_count() > 1)
+      out_ = Array<float>(std::vector<py::ssize_t>{std::max(rows, out_.shape(0)), engine_.vocab()});
+    return out_.mutable_data();
+  }
   Matrix matrix(const std::string& name) const {
     const py::object value = weights_[name.c_str()];
     return py::isinstance<py::tuple>(value) ? packed(name, value) : plain(name, value.cast<py::array>());
@@ -205,6 +210,7 @@ class PyEngine {
 
   py::dict weights_;
   Array<float> cos_, sin_;
+  Array<float> out_ = Array<float>(std::vector<py::ssize_t>{0, 0});
   py::object arena_;
   Array<int32_t> tokens_, positions_, sequence_;
   Array<uint32_t> tables_;

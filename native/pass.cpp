@@ -147,15 +147,15 @@ class Member {
     const int first = panel * kPanelRows, left = output.w.rows - first;
     const int count = left < kPanelRows ? left : kPanelRows;
     const float* bias = output.bias.empty() ? nullptr : output.bias.data() + first;
-    for (int r = 0; r < rows; r++) {
-      const float* from = sums + size_t(r) * kPanelRows;
-      float* to = output.y + size_t(r) * output.ld + first;
-      for (int n = 0; n < count; n += 16) {
-        const int some = count - n < 16 ? count - n : 16;
-        V sum = load(from + n);
-        if (bias) sum = sum + widen_some(bias + n, some);
-        if (output.add) sum = widen_some(to + n, some) + sum;
-        narrow_some(sum, to + n, some);
+    for (int n = 0; n < count; n += 16) {
+      const int some = count - n < 16 ? count - n : 16;
+      const V by = bias ? widen_some(bias + n, some) : V{};
+      float* to = output.y + first + n;
+      for (int r = 0; r < rows; r++, to += output.ld) {
+        V sum = load(sums + size_t(r) * kPanelRows + n);
+        if (bias) sum = sum + by;
+        if (output.add) sum = widen_some(to, some) + sum;
+        narrow_some(sum, to, some);
       }
     }
   }

@@ -20,7 +20,7 @@ constexpr int kIntRows = 6, kBf16Rows = 12;
 constexpr int kIntRows = 2, kBf16Rows = 4;
 #endif
 constexpr int kBlockColumns = 1024;  // of a panel, so that a block stays in the nearest cache
-constexpr size_t kAhead = 4096;      // bytes that a stream of weights is asked for in advance
+static const size_t kAhead = getenv("AHEAD")?atoi(getenv("AHEAD")):4096;      // bytes that a stream of weights is asked for in advance
 
 // --- activations ---------------------------------------------------------------------------------
 
@@ -49,10 +49,10 @@ inline void quantise_group(const float* x, int group, int zero, int8_t* codes, f
   for (int i = 0; i < group; i += 16) {
     const I some = usable ? codes_of(load(x + i), inverse) : I{};
     total += some;
-    const B narrow = __builtin_convertvector(some, B);
+    const B narrow = lower_byte(some);
     std::memcpy(codes + i, &narrow, sizeof narrow);
   }
-  *scale = usable ? top * (1.0f / 127.0f) : finite ? 0.0f : NAN;
+  *scale = usable ? top / 127.0f : finite ? 0.0f : NAN;
   *start = kOffset ? -zero * sum(total) : 0;
 }
 
@@ -76,12 +76,12 @@ void prepare(const Matrix& w, const float* x, int begin, int end, const Input& i
 
 // sums[M][32] (+)= groups [begin, end) of a panel, whose bytes start at `w`.
 template <int kZero, int M>
-inline void int_tile(const unsigned char* w, int group, int begin, int end, const Input& in, int row,
+__attribute__((noinline)) void int_tile(const unsigned char* w, int group, int begin, int end, const Input& in, int row,
                      float* sums, size_t ahead) {
   V total[M][2];
   const int8_t* a[M];
-  for (int m = 0; m < M; m++) {
-    for (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
+  BATON_EACH (int m = 0; m < M; m++) {
+    BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
     a[m] = in.codes + size_t(row + m) * in.code_stride + size_t(begin) * group;
   }
   const int32_t* starts = in.starts + size_t(row) * in.group_stride;
@@ -91,7 +91,7 @@ inline void int_tile(const unsigned char* w, int group, int begin, int end, cons
     __builtin_prefetch(w + ahead);
     w += kScaleBytes;
     I acc[M][2];
-    for (int m = 0; m < M; m++)
+    BATON_EACH (int m = 0; m < M; m++)
       acc[m][0] = acc[m][1] = splat(starts[size_t(m) * in.group_stride + g]);
 #pragma GCC unroll 8
     for (int k = 0; k < group; k += 4) {
@@ -107,31 +107,31 @@ inline void int_tile(const unsigned char* w, int group, int begin, int end, cons
         __builtin_prefetch(w + ahead + 64);
         w += 128;
       }
-      for (int m = 0; m < M; m++) {
+      BATON_EACH (int m = 0; m < M; m++) {
         const U four = splat_at(a[m] + k);
         acc[m][0] = dot_int<kZero>(acc[m][0], low, four);
         acc[m][1] = dot_int<kZero>(acc[m][1], high, four);
       }
     }
     const V scale0 = widen(scale), scale1 = widen(scale + 16);
-    for (int m = 0; m < M; m++) {
+    BATON_EACH (int m = 0; m < M; m++) {
       const V by = splat(scales[size_t(m) * in.group_stride + g]);
       total[m][0] = fma(__builtin_convertvector(acc[m][0], V), scale0 * by, total[m][0]);
       total[m][1] = fma(__builtin_convertvector(acc[m][1], V), scale1 * by, total[m][1]);
       a[m] += group;
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
+  BATON_EACH (int m = 0; m < M; m++)
+    BATON_EACH (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
 }
 
 template <int M>
-inline void bf16_tile(const unsigned char* w, int begin, int end, const Input& in, int row,
+__attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int end, const Input& in, int row,
                       float* sums, size_t ahead) {
   V total[M][2];
   const int8_t* a[M];
-  for (int m = 0; m < M; m++) {
-    for (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
+  BATON_EACH (int m = 0; m < M; m++) {
+    BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
     a[m] = in.codes + size_t(row + m) * in.code_stride;
   }
 #pragma GCC unroll 4
@@ -140,14 +140,14 @@ inline void bf16_tile(const unsigned char* w, int begin, int end, const Input& i
     __builtin_prefetch(w + ahead);
     __builtin_prefetch(w + ahead + 64);
     w += 128;
-    for (int m = 0; m < M; m++) {
+    BATON_EACH (int m = 0; m < M; m++) {
       const U two = splat_at(a[m] + size_t(pair) * 4);
       total[m][0] = dot_bf16(total[m][0], w0, two);
       total[m][1] = dot_bf16(total[m][1], w1, two);
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
+  BATON_EACH (int m = 0; m < M; m++)
+    BATON_EACH (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
 }
 
 // Calls the tile for `rows` rows, which is at most M.
@@ -192,24 +192,24 @@ inline void plain_tile(const float* x, int ldx, const T* w, int cols, float* sum
   int k = 0;
   for (; k + 16 <= cols; k += 16) {
     V b[N];
-    for (int n = 0; n < N; n++) b[n] = widen(w + size_t(n) * cols + k);
-    for (int m = 0; m < M; m++) {
+    BATON_EACH (int n = 0; n < N; n++) b[n] = widen(w + size_t(n) * cols + k);
+    BATON_EACH (int m = 0; m < M; m++) {
       V a = load(x + size_t(m) * ldx + k);
-      for (int n = 0; n < N; n++) acc[m][n] = fma(a, b[n], acc[m][n]);
+      BATON_EACH (int n = 0; n < N; n++) acc[m][n] = fma(a, b[n], acc[m][n]);
     }
   }
   if (k < cols) {
-    for (int n = 0; n < N; n++) {
+    BATON_EACH (int n = 0; n < N; n++) {
       V b = widen_some(w + size_t(n) * cols + k, cols - k);
-      for (int m = 0; m < M; m++) acc[m][n] = fma(load(x + size_t(m) * ldx + k), b, acc[m][n]);
+      BATON_EACH (int m = 0; m < M; m++) acc[m][n] = fma(load(x + size_t(m) * ldx + k), b, acc[m][n]);
     }
   }
-  for (int m = 0; m < M; m++) {
+  BATON_EACH (int m = 0; m < M; m++) {
     if constexpr (N == 4) {
       const V4 four = reduce4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
       std::memcpy(sums + m * 32, &four, sizeof four);
     } else {
-      for (int n = 0; n < N; n++) sums[m * 32 + n] = reduce(acc[m][n]);
+      BATON_EACH (int n = 0; n < N; n++) sums[m * 32 + n] = reduce(acc[m][n]);
     }
   }
 }
