@@ -46,12 +46,14 @@ def test_no_flipped_byte_becomes_a_token(capsys: pytest.CaptureFixture[str], med
 def test_without_verification_flips_become_tokens() -> None:
     """The control: the judge sees it."""
     with Session(Settings(default_model(), seed=7)) as session:
+        session.good = True
         assert corruption.control(session).works
 
 
 def test_without_verification_on_arrival_damage_is_taken() -> None:
     """The control of the wire: the store's counter stays behind what was flipped."""
     with Session(Settings(default_model(), seed=7)) as session:
+        session.good = True
         assert corruption.wire_control(session).works
 
 
@@ -71,6 +73,7 @@ def test_requests_that_are_given_up_leave_nothing(
 def test_without_the_orphan_clock_streams_stay() -> None:
     """The control: clients that went away are waited for."""
     with Session(Settings(default_model(), seed=1)) as session:
+        session.good = True
         assert abort.perform(session, 0, ("orphan",)).left.streams == abort.ABANDONED
 
 
@@ -97,6 +100,7 @@ def test_the_rows_own_controls_move(name: str) -> None:
     if row_of(guard.scenario) == "hosts" and (why := network.why_not()):
         pytest.skip(why)
     with Session(Settings(default_model(), seed=1)) as session:
+        session.good = True
         scenario = draw(guard.scenario, 1, 0, read_corpus(default_model()))
         found = session.perform([dataclasses.replace(scenario, unsafe=guard.unsafe)])
         assert getattr(report.total(found), guard.counter or name) > 0
@@ -105,6 +109,7 @@ def test_the_rows_own_controls_move(name: str) -> None:
 def test_without_its_guard_a_full_disk_keeps_half_files() -> None:
     """The control: what could not be written stays."""
     with Session(Settings(default_model(), seed=1)) as session:
+        session.good = True
         assert full_disk.control(session).works
 
 

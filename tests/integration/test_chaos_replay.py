@@ -38,6 +38,7 @@ def recording(name: str) -> Path:
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
     with Session(Settings(default_model(), seed=1)) as session:
+        session.good = True
         yield session
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def command() -> Iterator[Command]:
             command.process.wait()
             wait_until(lambda: not Path(f"/proc/{command.supervisor}").exists(), 40, "its end")
             leftovers.remove()
+            shutil.rmtree(command.root, ignore_errors=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
