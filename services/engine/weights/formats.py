@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 
-GROUPS = {"bf16": 0, "int8": 32, "int4": 32}  # columns under one scale
+GROUPS = {"bf16": 0, "int8": 64, "int4": 64}  # columns under one scale
 ACTIVATION_CODE_MAX = np.float32(127)
 ACTIVATION_MIN = np.float32(1e-30)  # a group whose largest magnitude is below it counts as zero
 CODE_RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
@@ -80,7 +80,7 @@ def grouped(matrix: NDArray[np.generic], group: int) -> NDArray[np.generic]:
 def quantise_rows(x: F32, group: int) -> tuple[NDArray[np.int8], F32]:
     """Activations float32[rows, cols] as codes int8[rows, groups, group] and scales [rows, groups].
 
-        scale = max|x| * (1 / 127)      code = x * (127 / max|x|), rounded to the nearest, ties to even
+        scale = max|x| / 127      code = x * (127 / max|x|), rounded to the nearest, ties to even
 
     all in float32. A group of (almost) zeros has scale and codes 0; one with a value that is not
     finite has the scale NaN, so that its row fails visibly.
@@ -92,7 +92,7 @@ def quantise_rows(x: F32, group: int) -> tuple[NDArray[np.int8], F32]:
     np.divide(ACTIVATION_CODE_MAX, largest, out=inverse, where=usable)
     with np.errstate(invalid="ignore"):
         codes = np.where(usable[:, :, None], np.rint(values * inverse[:, :, None]), 0)
-    scales = np.where(usable, largest * (np.float32(1) / ACTIVATION_CODE_MAX), np.float32(0))
+    scales = np.where(usable, largest / ACTIVATION_CODE_MAX, np.float32(0))
     scales[~np.isfinite(largest)] = np.nan
     return codes.astype(np.int8), scales
 
