@@ -13,7 +13,7 @@ NATIVE  := $(wildcard native/*)
 
 FORCE:
 
-.PHONY: FORCE run torch test sim sim-nightly lint format types check build clean compose-test
+.PHONY: FORCE run torch test asan arm sim sim-nightly lint format types check build clean compose-test
 
 run: build
 	$(BIN)/python scripts/run_demo.py
@@ -22,6 +22,14 @@ torch: $(STAMPS)/torch
 
 test: build $(STAMPS)/torch $(STAMPS)/test
 	$(BIN)/python -m pytest
+
+# The engine over any shape, in a build that watches every access to memory.
+asan: build $(STAMPS)/test
+	$(BIN)/python scripts/asan.py
+
+# The engine for 64-bit ARM, compiled and run under qemu: Debian's g++-aarch64-linux-gnu, qemu-user.
+arm:
+	sh scripts/arm.sh
 
 # The deterministic simulation; a failing seed prints the command that replays it.
 SEEDS      ?= 2000

@@ -14,6 +14,17 @@ namespace {
 constexpr int kTileQueries = 64;  // query rows of a tile, all heads of one KV head counted
 constexpr int kSpan = 8 * kPageTokens;
 
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+int checked_threads(int threads) {
+  require(threads >= 1 && threads <= kThreadsMax, "threads: 1 to 64");
+  return threads;
+}
+
+}  // namespace
+
 const Kernels* kernels_for(std::string& level) {
 #if defined(__x86_64__)
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -36,17 +47,6 @@ const Kernels* kernels_for(std::string& level) {
   if (level == "base") return kernels_base();
   throw std::invalid_argument("level: this processor does not run '" + level + "' kernels");
 }
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-int checked_threads(int threads) {
-  require(threads >= 1 && threads <= kThreadsMax, "threads: 1 to 64");
-  return threads;
-}
-
-}  // namespace
 
 Engine::Engine(Model model, const Pages& pages, const std::string& level, int threads,
                std::vector<int> cores)

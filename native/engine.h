@@ -8,6 +8,10 @@
 
 namespace baton {
 
+// The kernels of an instruction set; "" picks the best and writes its name. Throws
+// std::invalid_argument for one that this processor does not have.
+const Kernels* kernels_for(std::string& level);
+
 class Engine {
  public:
   // `cores` pins the team, the calling thread as its first member; empty pins nobody.

@@ -14,8 +14,14 @@
 #include <arm_neon.h>
 #endif
 
+#include "packed.h"
+
 // Loops over the registers of a tile; unrolled at once, or the compiler keeps the tile in memory.
+#if defined(__x86_64__)
 #define BATON_EACH _Pragma("GCC unroll 16") for
+#else
+#define BATON_EACH for
+#endif
 
 namespace baton {
 namespace {
@@ -198,12 +204,16 @@ inline B lower_byte(I i) {
 // 16 weights or cached values as floats; `n` < 16 reads no further and fills with zeros.
 inline V widen(const float* p) { return load(p); }
 inline V widen(const uint16_t* p) { return (V)(widened(load_as<H>(p)) << 16); }
-inline V widen(const _Float16* p) {
+inline V widen(const Half* p) {
 #if defined(__AVX512F__)
   return (V)_mm512_cvtph_ps(load_as<__m256i>(p));
 #elif defined(__F16C__)
   union Halves { V v; __m256 h[2]; } x;
   for (int i = 0; i < 2; i++) x.h[i] = _mm256_cvtph_ps(load_as<__m128i>(p + 8 * i));
+  return x.v;
+#elif defined(__aarch64__)
+  union Quarters { V v; float32x4_t q[4]; } x;
+  for (int i = 0; i < 4; i++) x.q[i] = vcvt_f32_f16(load_as<float16x4_t>(p + 4 * i));
   return x.v;
 #else
   V v;

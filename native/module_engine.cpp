@@ -76,6 +76,34 @@ Array<float> unpack_all(const std::string& format, const Bytes& packed, int rows
   return weights;
 }
 
+// (format, rows, cols, group, bytes): must lie on cache lines.
+Matrix packed_matrix(const std::string& name, const py::tuple& value) {
+  Matrix m = packed_shape(value[0].cast<std::string>(), value[1].cast<int>(), value[2].cast<int>(),
+                          value[3].cast<int>());
+  const py::array bytes = value[4].cast<py::array>();
+  if (bytes.nbytes() != py::ssize_t(m.packed_bytes()) || !(bytes.flags() & py::array::c_style))
+    throw py::value_error(name + ": packed bytes of another size");
+  if (reinterpret_cast<uintptr_t>(bytes.data()) % 64)
+    throw py::value_error(name + ": packed bytes must lie on 64 bytes");
+  m.data = bytes.data();
+  return m;
+}
+
+// y = x times a packed matrix, on one thread: for tests and measurements.
+Array<float> product_of(const py::tuple& packed, const Array<float>& x, std::string level) {
+  const Matrix w = packed_matrix("packed", packed);
+  if (x.ndim() != 2 || x.shape(0) < 1 || x.shape(1) != w.cols)
+    throw py::value_error("x: [rows, cols of the matrix]");
+  const Kernels* kernels = kernels_for(level);
+  Array<float> y({x.shape(0), py::ssize_t(w.rows)});
+  const int rows = int(x.shape(0));
+  const float* from = x.data();
+  float* to = y.mutable_data();
+  py::gil_scoped_release release;
+  kernels->product(w, from, rows, to);
+  return y;
+}
+
 // --- the engine ----------------------------------------------------------------------------------
 
 class PyEngine {
@@ -137,19 +165,7 @@ class PyEngine {
   }
   Matrix matrix(const std::string& name) const {
     const py::object value = weights_[name.c_str()];
-    return py::isinstance<py::tuple>(value) ? packed(name, value) : plain(name, value.cast<py::array>());
-  }
-  // (format, rows, cols, group, bytes): must lie on cache lines.
-  static Matrix packed(const std::string& name, const py::tuple& value) {
-    Matrix m = packed_shape(value[0].cast<std::string>(), value[1].cast<int>(), value[2].cast<int>(),
-                            value[3].cast<int>());
-    const py::array bytes = value[4].cast<py::array>();
-    if (bytes.nbytes() != py::ssize_t(m.packed_bytes()) || !(bytes.flags() & py::array::c_style))
-      throw py::value_error(name + ": packed bytes of another size");
-    if (reinterpret_cast<uintptr_t>(bytes.data()) % 64)
-      throw py::value_error(name + ": packed bytes must lie on 64 bytes");
-    m.data = bytes.data();
-    return m;
+    return py::isinstance<py::tuple>(value) ? packed_matrix(name, value) : plain(name, value.cast<py::array>());
   }
   static Matrix plain(const std::string& name, const py::array& array) {
     if (array.ndim() != 2) throw py::value_error(name + ": [rows, cols]");
@@ -225,6 +241,7 @@ void bind_engine(py::module_& m) {
         py::arg("group") = 0);
   m.def("pack", &pack, py::arg("format"), py::arg("matrix"), py::arg("scales") = py::none(),
         py::arg("group") = 0, py::arg("out") = py::none());
+  m.def("product", &product_of, py::arg("packed"), py::arg("x"), py::arg("level") = "");
   m.def("unpack", &unpack_all, py::arg("format"), py::arg("packed"), py::arg("rows"), py::arg("cols"),
         py::arg("group") = 0);
 

@@ -36,7 +36,7 @@ int get_code(Format format, const unsigned char* codes, int row, int column) {
 
 float widened(uint16_t bits, bool half) {
   if (half) {
-    _Float16 h;
+    Half h;
     std::memcpy(&h, &bits, sizeof h);
     return float(h);
   }

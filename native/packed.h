@@ -17,6 +17,12 @@
 
 namespace baton {
 
+#if defined(__aarch64__)
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 enum class Format { kF32, kBF16, kF16, kPackedBF16, kPackedInt8, kPackedInt4 };
 
 constexpr int kPackVersion = 1;

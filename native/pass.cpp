@@ -102,7 +102,7 @@ class Member {
       const int token = p_.tokens[r];
       switch (m_.embed.format) {
         case Format::kF32: return embed_row(static_cast<const float*>(m_.embed.data), token, m_.hidden, x);
-        case Format::kF16: return embed_row(static_cast<const _Float16*>(m_.embed.data), token, m_.hidden, x);
+        case Format::kF16: return embed_row(static_cast<const Half*>(m_.embed.data), token, m_.hidden, x);
         default: return embed_row(static_cast<const uint16_t*>(m_.embed.data), token, m_.hidden, x);
       }
     });
@@ -310,7 +310,33 @@ void read(const Model& m, Team& team) {
   pass_over(m.head);
 }
 
-const Kernels table = {run, read, scratch_bytes};
+// One product of x [rows][w.cols] by itself.
+void product(const Matrix& w, const float* x, int rows, float* y) {
+  FlushDenormals flush;
+  const int ld = padded(w.cols), stride = ld * 2, groups = ld / 32;
+  Room<float> padded_x, scales, sums;
+  Room<int8_t> codes;
+  Room<int32_t> starts;
+  padded_x.reserve(size_t(rows) * ld), codes.reserve(size_t(rows) * stride);
+  scales.reserve(size_t(rows) * groups), starts.reserve(size_t(rows) * groups);
+  sums.reserve(size_t(rows) * kPanelRows);
+  const Input in{padded_x.data(), ld, codes.data(), scales.data(), starts.data(), stride, groups};
+  for (int r = 0; r < rows; r++) {
+    float* row = padded_x.data() + size_t(r) * ld;
+    std::memcpy(row, x + size_t(r) * w.cols, size_t(w.cols) * sizeof(float));
+    prepare(w, row, 0, w.cols, in, r);
+  }
+  for (int panel = 0; panel < w.panels(); panel++) {
+    panel_sums(w, panel, in, rows, sums.data());
+    const int first = panel * kPanelRows, left = w.rows - first;
+    const int count = left < kPanelRows ? left : kPanelRows;
+    for (int r = 0; r < rows; r++)
+      std::memcpy(y + size_t(r) * w.rows + first, sums.data() + size_t(r) * kPanelRows,
+                  size_t(count) * sizeof(float));
+  }
+}
+
+const Kernels table = {run, read, product, scratch_bytes};
 
 }  // namespace
 

@@ -20,7 +20,7 @@ constexpr int kIntRows = 6, kBf16Rows = 12;
 constexpr int kIntRows = 2, kBf16Rows = 4;
 #endif
 constexpr int kBlockColumns = 1024;  // of a panel, so that a block stays in the nearest cache
-static const size_t kAhead = getenv("AHEAD")?atoi(getenv("AHEAD")):4096;      // bytes that a stream of weights is asked for in advance
+constexpr size_t kAhead = 8192;      // bytes that a stream of weights is asked for in advance
 
 // --- activations ---------------------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
   const int32_t* starts = in.starts + size_t(row) * in.group_stride;
   const float* scales = in.scales + size_t(row) * in.group_stride;
   for (int g = begin; g < end; g++) {
-    const _Float16* scale = reinterpret_cast<const _Float16*>(w);
+    const Half* scale = reinterpret_cast<const Half*>(w);
     __builtin_prefetch(w + ahead);
     w += kScaleBytes;
     I acc[M][2];
@@ -238,7 +238,7 @@ void panel_sums(const Matrix& w, int panel, const Input& in, int rows, float* su
   switch (w.format) {
     case Format::kF32: return plain_panel<float>(w, panel, in, rows, sums);
     case Format::kBF16: return plain_panel<uint16_t>(w, panel, in, rows, sums);
-    case Format::kF16: return plain_panel<_Float16>(w, panel, in, rows, sums);
+    case Format::kF16: return plain_panel<Half>(w, panel, in, rows, sums);
     default: return packed_panel(w, panel, in, rows, sums);
   }
 }

@@ -10,7 +10,7 @@ import zmq
 from baton.v1 import cluster_pb2, control_pb2
 from services.decode.config import DecodeConfig
 from services.decode.engine_loop import DecodeEngine
-from services.engine.load import Weights, load_backend, require_numerics
+from services.engine.load import Team, Weights, load_backend, require_numerics
 from services.kv.worker import ArenaHold, join
 from services.ops import config, lifecycle, log
 from services.ops.errors import BatonError
@@ -38,8 +38,9 @@ class DecodeWorker:
         self._address = sockets.bound_address(self._socket, settings.announce_advertise)
         weights = Weights(settings.weights, settings.weights_cache, hold.identity.weights)
         backend = load_backend(
-            settings.device, settings.model, hold.identity.config, hold.arena, weights
-        )
+            settings.device, settings.model, hold.identity.config, hold.arena, weights,
+            Team(settings.threads or len(settings.cores) or 1, settings.cores),
+        )  # fmt: skip
         require_numerics(backend, settings.decode_device)
         self.engine = DecodeEngine(settings, hold.arena, backend, self._report)
 

@@ -28,10 +28,13 @@ class DecodeConfig:
     heartbeat_ms: int = option(100, "how often to tell the scheduler it is alive")
     keys_dir: str = option("", "made by `baton keys`: TLS and CURVE everywhere; empty: plain")
     cores: tuple[int, ...] = option((), "processor cores, like 1; empty: any")
+    threads: int = option(0, "threads that compute on cpu; 0: one for each of `cores`")
     unsafe: tuple[str, ...] = option((), "guards to switch off, for the chaos controls only")
     failpoints: str = option("", "directory of armed failpoints; empty: none")
     log_level: str = option("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
+        if not 0 <= self.threads <= 64:
+            raise ConfigError(f"threads: {self.threads} is not 0 to 64")
         if self.batch_max < 1:
             raise ConfigError(f"batch_max: {self.batch_max} is less than 1")

@@ -17,7 +17,7 @@ from baton.v1 import control_pb2
 from services.decode.config import DecodeConfig
 from services.decode.state import BatchState
 from services.decode.stream import DecodeStream
-from services.engine.backend import Backend, Rows
+from services.engine.backend import Backend, OneCallBackend, Rows
 from services.engine.errors import NumericsError
 from services.engine.sampling import sample
 from services.kv.arena import Arena
@@ -221,7 +221,10 @@ class DecodeEngine:
         for stream, token in zip(streams, tokens, strict=True):
             stream.identity.extend(np.array([token], np.int32))
         seeds = np.array([s.identity.seeds[s.position] for s in streams], np.uint32)
-        self._backend.begin(Rows(tokens, positions, sequence, self._tables))
+        rows = Rows(tokens, positions, sequence, self._tables)
+        if isinstance(self._backend, OneCallBackend) and not self._failpoints.armed:
+            return self._backend.step(rows, seeds)
+        self._backend.begin(rows)
         blocks = positions // PAGE_TOKENS
         for group in range(self._arena.layout.groups):
             self._backend.run_group(group)

@@ -8,7 +8,7 @@ this package knows which device that is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,21 @@ class Backend(Protocol):
 
     def logits(self, which: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32[len(which), vocab]: the logits after the given rows, once all groups have run."""
+        ...
+
+
+@runtime_checkable
+class OneCallBackend(Protocol):
+    """A backend that can also run a whole pass in one call."""
+
+    def step(
+        self, rows: Rows, seeds: NDArray[np.uint32] | None = None
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """float32[len(rows), vocab] after every row; nothing happens between layer groups.
+
+        seeds: one for each row, if its checksums are to be stored in the headers of its pages.
+        The array is used again once the caller has let go of it.
+        """
         ...
 
 

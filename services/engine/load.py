@@ -27,9 +27,17 @@ class Weights:
     digest: str = ""
 
 
+@dataclass(frozen=True)
+class Team:
+    """The threads of the native engine, each pinned to one of `cores`, the caller's too; () pins none."""
+
+    threads: int = 1
+    cores: tuple[int, ...] = ()
+
+
 def load_backend(
     device: str, directory: str, config: ModelConfig, pages: NativePages,
-    weights: Weights = Weights(),
+    weights: Weights = Weights(), team: Team = Team(),
 ) -> Backend:  # fmt: skip
     """`cpu` is the native engine; `cuda`, `xpu`, `npu` and `torch-cpu` go through torch.
 
@@ -40,7 +48,9 @@ def load_backend(
     name = weights_class(weights.format)
     if device == "cpu":
         served = packed_weights(directory, config, views, weights) if name else views
-        return NativeBackend(config, served, pages, weights_class=name)
+        return NativeBackend(
+            config, served, pages, threads=team.threads, cores=team.cores, weights_class=name
+        )
     from services.engine.torch_backend import TorchBackend  # torch takes a second to import
 
     if name:

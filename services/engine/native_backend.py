@@ -106,10 +106,7 @@ class NativeBackend:
         return out
 
     def step(self, rows: Rows, seeds: NDArray[np.uint32] | None = None) -> NDArray[np.float32]:
-        """A whole pass in one call without the interpreter lock: float32[len(rows), vocab].
-
-        `seeds`, one for each row, are those of the row checksums to store in the page headers.
-        """
+        """A whole pass in one call without the interpreter lock; `OneCallBackend.step`."""
         self._engine.begin(rows.tokens, rows.positions, rows.sequence, rows.tables)
         self._next_group = self._groups
         out: NDArray[np.float32] = self._engine.step(seeds)

@@ -38,6 +38,11 @@ class Failpoints:
                 continue  # another process took it between the two calls, or it is being written
         self._armed = armed
 
+    @property
+    def armed(self) -> bool:
+        """Whether any is, for any process: as of the last `refresh`."""
+        return bool(self._armed)
+
     def hit(self, point: str, index: int | None = None) -> None:
         """Dies here when this point is armed for this process and index."""
         for path, spec in self._armed:

@@ -33,10 +33,13 @@ class PrefillConfig:
     heartbeat_ms: int = option(100, "how often to tell the scheduler it is alive")
     keys_dir: str = option("", "made by `baton keys`: TLS and CURVE everywhere; empty: plain")
     cores: tuple[int, ...] = option((), "processor cores, like 0; empty: any")
+    threads: int = option(0, "threads that compute on cpu; 0: one for each of `cores`")
     failpoints: str = option("", "directory of armed failpoints; empty: none")
     log_level: str = option("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
+        if not 0 <= self.threads <= 64:
+            raise ConfigError(f"threads: {self.threads} is not 0 to 64")
         if self.chunk_tokens < 1 or self.chunk_tokens % PAGE_TOKENS:
             raise ConfigError(f"chunk_tokens: {self.chunk_tokens} is not a multiple of 64")
         if self.transfer_patience_ms < 0:

@@ -173,6 +173,7 @@ class MemoryPages:
             element_bytes=layout.dtype.itemsize,
         )  # fmt: skip
         self.native = _native.Arena(buffer, geometry)
+        self.native_buffer = buffer  # headers and pages
 
     @property
     def layout(self) -> KvLayout:
