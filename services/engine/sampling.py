@@ -28,7 +28,8 @@ _MASK32 = (1 << 32) - 1
 class SamplingParams:
     """How a token is chosen. Ranges as in `baton.v1.SamplingParams`; ValueError names the field.
 
-    temperature 0 is greedy and ignores the filters. top_k 0, top_p 1 and min_p 0 are off.
+    temperature 0 is greedy and ignores the filters. top_k 0, top_p 1 and min_p 0 are off. Fractions
+    are float32, as on the wire: whoever asks for 0.96 gets the same tokens with and without one.
     """
 
     temperature: float = 0.0
@@ -39,6 +40,8 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, float(np.float32(getattr(self, name))))
         if not 0 <= self.temperature <= 10:
             raise ValueError(f"temperature: {self.temperature} is not in [0, 10]")
         if not 0 < self.top_p <= 1:

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from baton.v1 import control_pb2
 from services.engine import sampling
 from services.engine.errors import NumericsError
 from services.engine.sampling import SamplingParams, philox4x32, sample, uniform
+from services.wire.messages import sampling_params
 
 INF = float("inf")
 JUST_BELOW_ONE = 1 - 2.0**-53
@@ -65,6 +67,14 @@ def test_a_parameter_out_of_range_is_named(field: str, value: float) -> None:
     """Ranges are those of the public contract, and the error names the field."""
     with pytest.raises(ValueError, match=field):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fraction", [0.96, 0.1, 1 / 3, 0.999999999])
+def test_the_wire_does_not_change_the_draw(fraction: float) -> None:
+    """A sampler asked over the wire and one asked in its own process are asked the same."""
+    here = SamplingParams(temperature=fraction, top_p=fraction, min_p=fraction / 2)
+    sent = control_pb2.ResolvedSampling(temperature=fraction, top_p=fraction, min_p=fraction / 2)
+    assert here == sampling_params(sent)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +226,7 @@ def test_filters_that_remove_nothing_change_nothing(vocab: int) -> None:
         SamplingParams(temperature=1),
         SamplingParams(temperature=1, top_k=3),
         SamplingParams(temperature=1, top_p=0.999),
-        SamplingParams(temperature=1e-300),
+        SamplingParams(temperature=1e-45),
         SamplingParams(temperature=10, min_p=0.999),
     ],
 )
