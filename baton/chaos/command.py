@@ -60,12 +60,15 @@ def main(argv: Sequence[str]) -> int:
 @contextlib.contextmanager
 def _told_to_stop() -> Iterator[None]:
     """SIGTERM does what SIGINT does: clusters, mounts and namespaces are removed on the way out. A
-    second one ends it at once, and the next command clears up."""
+    second one ends it at once, and the next command clears up. A shell has what it starts in the
+    background ignore SIGINT: not here."""
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def _seed(options: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ STREAMS, BLOCKS = 4, 3  # of each kind of prompt
 DISK_MIB = 256  # of the tmpfs below the tier
 BALLAST_BYTES = 1 << 20  # written at a time, then ever less
 FILE_BYTES_MAX = 100 << 10  # less than a block's file, where nothing can be mounted
+ROUNDS = 4  # before the tier has come to its bound
 LOOKS = 10
 WRITING_S_MAX = 65.0  # the longest pause of a tier whose disk has failed, and a little more
 
@@ -160,8 +161,13 @@ class FullDiskRound(DiskRound):
 
 
 def perform(session: Session, numbers: Iterable[int], unsafe: tuple[str, ...] = ()) -> list[Result]:
-    """Rounds on one cluster."""
-    return asyncio.run(_perform(session, numbers, unsafe))
+    """A few rounds on each cluster: a tier that has come to its bound makes room before it writes, and
+    then no disk is full for it."""
+    left, found = list(numbers), []
+    while left:
+        now, left = left[:ROUNDS], left[ROUNDS:]
+        found += asyncio.run(_perform(session, now, unsafe))
+    return found
 
 
 def control(session: Session) -> Control:

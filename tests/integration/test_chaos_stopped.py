@@ -22,6 +22,11 @@ from baton.handle import read_state, wait_until
 pytestmark = pytest.mark.processes
 
 
+def _in_the_background() -> None:
+    """As a shell without job control starts what a `&` follows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Command:
     """`baton chaos all --row disk-full`, whose cluster is up and whose disk is mounted."""
 
@@ -29,8 +34,9 @@ class Command:
         argv = ("all", "--row=disk-full", "--seeds=20", "--seed=1", "--no-controls")
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "baton.chaos", *argv], stderr=errors, process_group=0
-            )
+                [sys.executable, "-m", "baton.chaos", *argv], stderr=errors, process_group=0,
+                preexec_fn=_in_the_background,
+            )  # fmt: skip
         found: list[str] = []
 
         def working() -> bool:
