@@ -53,6 +53,7 @@ class ClusterSpec:
     model: str = option("", "Hugging Face directory; empty: the model that ships")
     decode: int = option(2, "decode workers")
     prefill: int = option(1, "prefill workers")
+    spares: bool = option(True, "keep a process ready for each decode, to be back at once")
     medium: str = option("shm", "shm: one arena; zmq: prefill and decode each have their own")
     listen: str = option("127.0.0.1:50051", "public gRPC address; port 0 picks one")
     kv_dtype: str = option("auto", "f32, bf16 or auto: bf16 for bf16 weights, else f32")
@@ -178,13 +179,15 @@ class ClusterSpec:
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """One process to start. `unset`: variables that would speak where `argv` is silent."""
+    """One process to start. `unset`: variables that would speak where `argv` is silent. `spare`: the
+    command that prepares for being the next life of this process, and waits; () keeps none."""
 
     name: str
     role: str
     argv: tuple[str, ...]
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unset: frozenset[str] = frozenset()
+    spare: tuple[str, ...] = ()
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         return {k: v for k, v in environ.items() if k not in self.unset} | dict(self.env)
@@ -310,12 +313,15 @@ def _weights(spec: ClusterSpec, device: str) -> dict[str, Any]:
 
 
 def _process(spec: ClusterSpec, role: str, config: Any) -> ProcessSpec:
-    argv = (sys.executable, "-m", _MODULES[role], *as_arguments(config))
     more = _extra_for(spec.extra, (role, config.name))
+    options = (_MODULES[role], *as_arguments(config), *more)
+    spare = (sys.executable, "-m", "services.ops.spare", *options)
     # Workers leave their sign of life in TMPDIR: one cluster must not see another's.
     env = {"TMPDIR": spec.run_dir, "BATON_NAME": config.name}
     unset = variables_of(type(config)) - env.keys()
-    return ProcessSpec(config.name, role, (*argv, *more), env, unset)
+    keeps = role == "decode" and spec.spares
+    argv = (sys.executable, "-m", *options)
+    return ProcessSpec(config.name, role, argv, env, unset, spare if keeps else ())
 
 
 def _extra_for(extra: Iterable[str], names: tuple[str, str]) -> tuple[str, ...]:

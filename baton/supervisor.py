@@ -71,11 +71,14 @@ def _in_child() -> None:
     lifecycle.die_with_parent()
 
 
-async def _spawn(spec: ProcessSpec, errors: BinaryIO) -> asyncio.subprocess.Process:
+async def _spawn(
+    spec: ProcessSpec, errors: BinaryIO, spare: bool = False
+) -> asyncio.subprocess.Process:
+    """Starts the process, or its spare, which goes to work when a line is written to it."""
     return await asyncio.create_subprocess_exec(
-        *spec.argv,
+        *(spec.spare if spare else spec.argv),
         env=spec.environment(os.environ),
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=asyncio.subprocess.PIPE if spare else asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=errors,
         preexec_fn=_in_child,
@@ -95,6 +98,8 @@ class Child:
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     _process: asyncio.subprocess.Process | None = None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _spare: asyncio.subprocess.Process | None = None
+    _keeping: asyncio.Task[None] | None = None  # starts the spare
 
     @property
     def pid(self) -> int | None:
@@ -127,7 +132,7 @@ class Child:
     async def _live(self) -> int:
         """One life of the process; gives its exit status, negative for a signal."""
         with self.log_file.open("ab") as errors:
-            self._process = process = await _spawn(self.spec, errors)
+            self._process = process = self._wake_spare() or await _spawn(self.spec, errors)
         if self._stopping.is_set():
             self._signal(signal.SIGTERM)
         self.changed()
@@ -145,6 +150,33 @@ class Child:
                 self.facts = json.loads(line.removeprefix(b"READY "))
                 self.ready.set()
                 self.changed()
+                if self._keeping is None or self._keeping.done():
+                    self._keeping = asyncio.create_task(self._keep_spare())
+
+    def _wake_spare(self) -> asyncio.subprocess.Process | None:
+        """The spare, told to go to work; None if there is none or it is dead."""
+        spare, self._spare = self._spare, None
+        if spare is None or spare.returncode is not None:
+            return None
+        assert spare.stdin is not None
+        spare.stdin.write(b"\n")
+        spare.stdin.close()
+        return spare
+
+    async def _keep_spare(self) -> None:
+        """Starts a spare, now that the process is ready and does not need the core for its own start."""
+        if self.spec.spare and self._spare is None and not self._stopping.is_set():
+            with self.log_file.open("ab") as errors:
+                self._spare = await _spawn(self.spec, errors, spare=True)
+
+    async def _end_spare(self) -> None:
+        if self._keeping is not None:
+            await asyncio.wait([self._keeping])
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            with contextlib.suppress(ProcessLookupError):
+                spare.kill()
+            await spare.wait()
 
     def _signal(self, number: int) -> None:
         if self._process is not None and self.pid is not None:
@@ -154,6 +186,7 @@ class Child:
     async def stop(self, task: asyncio.Task[None]) -> None:
         """Ends `task`, which is in `run()`: SIGTERM, and SIGKILL when that does not help."""
         self._stopping.set()
+        await self._end_spare()
         self._signal(signal.SIGTERM)
         await asyncio.wait([task], timeout=STOP_S_MAX)
         if not task.done():

@@ -27,12 +27,17 @@ def build() -> None:
     subprocess.run([*command, *options, "-C", "install.strip=false"], check=True)
 
 
+def library(name: str) -> str:
+    """Where the compiler keeps one of its libraries."""
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def environment() -> dict[str, str]:
-    """The sanitiser has to be there before Python allocates; Python itself leaks by design."""
-    library = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    return {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1"}
+    """The sanitiser has to be there before Python allocates, and finds no exceptions without the
+    library that throws them. Python itself leaks by design."""
+    preload = f"{library('libasan.so')} {library('libstdc++.so')}"
+    return {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1"}
 
 
 def run_tests() -> int:
@@ -46,7 +51,7 @@ def run_tests() -> int:
     from services import _native
 
     assert Path(_native.__file__).is_relative_to(SITE), _native.__file__
-    return int(pytest.main(["-q", "--timeout=600", *TESTS]))
+    return int(pytest.main(["-q", "--capture=no", "--timeout=600", *TESTS]))
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ import zmq
 from baton.v1 import cluster_pb2, control_pb2
 from services.decode.config import DecodeConfig
 from services.decode.engine_loop import DecodeEngine
+from services.engine.identity import digest_of
 from services.engine.load import Team, Weights, load_backend, require_numerics
 from services.kv.worker import ArenaHold, join
 from services.ops import config, lifecycle, log
@@ -100,6 +101,11 @@ async def serve(settings: DecodeConfig) -> None:
         others=[listening],
     )  # fmt: skip
     worker.close()
+
+
+def prepare() -> None:
+    """What a spare does ahead: reads the weights' identity, which takes longer the larger they are."""
+    digest_of(config.load(DecodeConfig).model)
 
 
 def main() -> int:

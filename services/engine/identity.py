@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,12 @@ class ModelIdentity:
     one_class: bool = True
 
 
+@functools.cache
+def digest_of(directory: str) -> str:
+    """The digest of the weights in a directory, computed once in a process: they must not change."""
+    return Checkpoint(Path(directory)).digest()
+
+
 def identify(
     directory: str, *, kv_dtype: str, layers_per_group: int, prefill_device: str, decode_device: str
 ) -> ModelIdentity:
@@ -75,6 +82,6 @@ def identify(
         kv_dtype,
     )
     prefill, decode = numerics_of(prefill_device), numerics_of(decode_device)
-    digest = checkpoint.digest()
+    digest = digest_of(directory)
     mark = fingerprint(digest, layout.describe(), CODEC, prefill, decode)
     return ModelIdentity(config, layout, mark, digest, prefill == decode)

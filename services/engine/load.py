@@ -29,7 +29,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Team:
-    """The threads of the native engine, each pinned to one of `cores`, the caller too; () pins none."""
+    """The threads of the native engine, the caller's too, each pinned to one of `cores` if any."""
 
     threads: int = 1
     cores: tuple[int, ...] = ()

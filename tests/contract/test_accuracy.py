@@ -18,7 +18,7 @@ from pico import END_OF_TEXT_ID  # noqa: E402
 from pico.corpus import source_documents  # noqa: E402
 
 PICO = str(ROOT / "models" / "pico")
-TOKENS = 4096
+WINDOWS, WINDOW = 5, 2048  # spread evenly over the text: fewer, and luck decides about 0.1 %
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,10 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Accuracy]:
     tokenizer = Tokenizer.from_file(f"{PICO}/tokenizer.json")
     tokens = [END_OF_TEXT_ID]
     for document in source_documents(Path(sysconfig.get_path("stdlib"))):
-        if document.held_out and len(tokens) <= TOKENS:
+        if document.held_out:
             tokens += [*tokenizer.encode(document.text).ids, END_OF_TEXT_ID]
-    stream = np.array(tokens[: TOKENS + 1], np.int64)
-    assert len(stream) == TOKENS + 1
+    starts = np.linspace(0, len(tokens) - WINDOW, WINDOWS).astype(int)
+    stream = np.concatenate([tokens[start : start + WINDOW] for start in starts])
     cache = str(tmp_path_factory.mktemp("cache"))
     return {found.format: found for found in measure(PICO, stream, ["int8", "int4"], cache)}
 
@@ -50,7 +50,7 @@ def test_int8_is_within_a_thousandth(figures: dict[str, Accuracy]) -> None:
     """0.1 % of bf16's perplexity, and a divergence that leaves no room for luck."""
     assert abs(figures["int8"].perplexity_change) < 0.1
     assert 1e-5 < figures["int8"].kl < 6e-4
-    assert figures["int8"].bits_per_weight == 8.5
+    assert figures["int8"].bits_per_weight < 8.4
 
 
 def test_int4_is_within_a_fiftieth(figures: dict[str, Accuracy]) -> None:

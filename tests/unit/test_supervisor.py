@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -82,6 +83,64 @@ def test_a_killed_child_comes_back_as_another_process(tmp_path: Path) -> None:
             assert start_time(first) is None
 
     asyncio.run(scenario())
+
+
+WAIT = "import sys; sys.stdin.readline() or sys.exit(); " + LIVE
+
+
+def with_spare(name: str) -> ProcessSpec:
+    spec = process(name)
+    return dataclasses.replace(spec, spare=(*spec.argv[:-1], WAIT))
+
+
+async def spare_of(child: Child) -> int:
+    """The pid of the child's spare, once it is there."""
+    assert child._keeping is not None
+    await asyncio.wait_for(asyncio.shield(child._keeping), 20)
+    assert child._spare is not None
+    return child._spare.pid
+
+
+def test_a_spare_takes_over(tmp_path: Path) -> None:
+    """The process that waited is the next life, and another one waits then."""
+
+    async def scenario() -> None:
+        async with running(with_spare("decode-0"), tmp_path) as (child, watch):
+            waiting = await spare_of(child)
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+            await watch.until(lambda: child.restarts == 1 and child.ready.is_set())
+            assert child.pid == waiting
+            assert await spare_of(child) != waiting
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_spare_is_not_waited_for(tmp_path: Path) -> None:
+    """A child whose spare was killed too starts as any other."""
+
+    async def scenario() -> None:
+        async with running(with_spare("decode-0"), tmp_path) as (child, watch):
+            waiting = await spare_of(child)
+            assert child._spare is not None
+            os.kill(waiting, signal.SIGKILL)
+            await child._spare.wait()
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+            await watch.until(lambda: child.restarts == 1 and child.ready.is_set())
+            assert child.pid != waiting
+
+    asyncio.run(scenario())
+
+
+def test_no_spare_outlives_its_child(tmp_path: Path) -> None:
+    """Stopping ends the process and the one that waits to be the next."""
+
+    async def scenario() -> int:
+        async with running(with_spare("decode-0"), tmp_path) as (child, _):
+            return await spare_of(child)
+
+    assert start_time(asyncio.run(scenario())) is None
 
 
 def test_a_child_has_its_own_process_group(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 
 GROUPS = {"bf16": 0, "int8": 64, "int4": 64}  # columns under one scale
+HEAD_GROUP = 32
 ACTIVATION_CODE_MAX = np.float32(127)
 ACTIVATION_MIN = np.float32(1e-30)  # a group whose largest magnitude is below it counts as zero
 CODE_RANGE = {"int8": (-127, 127), "int4": (-8, 7)}

@@ -12,7 +12,7 @@ import numpy as np
 
 from services.engine.checkpoint import LM_HEAD, WeightView
 from services.engine.model import ModelConfig
-from services.engine.weights.formats import F32, GROUPS, from_bf16
+from services.engine.weights.formats import F32, GROUPS, HEAD_GROUP, from_bf16
 
 PROJECTIONS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -30,13 +30,16 @@ class Item:
 
     @property
     def group(self) -> int:
-        return GROUPS[self.format]
+        return (
+            HEAD_GROUP if self.tensor == LM_HEAD and self.format != "bf16" else GROUPS[self.format]
+        )
 
 
 def items(config: ModelConfig, format: str) -> list[Item]:
     """Every packed matrix, in the order of a pass.
 
-    The head of an int4 model is int8: it alone would cost as much accuracy as all layers together.
+    The head of an int4 model is int8: it alone would cost as much accuracy as all layers together. For
+    the same reason its groups are smaller.
     """
     layers = [
         Item(f"model.layers.{layer}.{name}.weight", format)
