@@ -178,6 +178,10 @@ size_t Engine::read_weights() {
     const Work* w = static_cast<const Work*>(context);
     w->kernels->read(w->model, w->team);
   }, &work);
+  return weight_bytes();
+}
+
+size_t Engine::weight_bytes() const {
   size_t bytes = model_.head.bytes();
   for (const Layer& l : model_.layer)
     for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) bytes += m->bytes();

@@ -32,6 +32,7 @@ class Engine {
   // Reads the bytes of all matrices that a step reads, by the same members in the same order, and does
   // nothing with them: the measure of what memory can give. Returns their number.
   size_t read_weights();
+  size_t weight_bytes() const;
 
   const std::string& level() const { return level_; }
   int vocab() const { return model_.vocab; }

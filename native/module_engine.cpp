@@ -1,6 +1,8 @@
 // The door to the CPU engine: its weights, its passes, and the packing of matrices.
 #include <pybind11/stl.h>
 
+#include <chrono>
+
 #include "engine.h"
 #include "module.h"
 
@@ -144,7 +146,9 @@ class PyEngine {
     const uint32_t* of = seeds ? seeds->data() : nullptr;
     {
       py::gil_scoped_release release;
+      const auto start = std::chrono::steady_clock::now();
       engine_.step(of, to);
+      step_ns_ = std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
     }
     return out_[py::slice(0, rows, 1)];
   }
@@ -152,6 +156,8 @@ class PyEngine {
     py::gil_scoped_release release;
     return engine_.read_weights();
   }
+  size_t weight_bytes() const { return engine_.weight_bytes(); }
+  int64_t step_ns() const { return step_ns_; }
   const std::string& level() const { return engine_.level(); }
   int threads() const { return engine_.threads(); }
 
@@ -226,6 +232,7 @@ class PyEngine {
 
   py::dict weights_;
   Array<float> cos_, sin_;
+  int64_t step_ns_ = 0;
   Array<float> out_ = Array<float>(std::vector<py::ssize_t>{0, 0});
   py::object arena_;
   Array<int32_t> tokens_, positions_, sequence_;
@@ -255,6 +262,8 @@ void bind_engine(py::module_& m) {
       .def("logits", &PyEngine::logits)
       .def("step", &PyEngine::step, py::arg("seeds") = py::none())
       .def("read_weights", &PyEngine::read_weights)
+      .def_property_readonly("weight_bytes", &PyEngine::weight_bytes)
+      .def_property_readonly("step_ns", &PyEngine::step_ns)
       .def_property_readonly("threads", &PyEngine::threads)
       .def_property_readonly("level", &PyEngine::level);
 }

@@ -74,10 +74,26 @@ void prepare(const Matrix& w, const float* x, int begin, int end, const Input& i
 
 // --- packed panels -------------------------------------------------------------------------------
 
+// What will be read later is asked for at `at`, `step` bytes on for every line that is read now.
+struct Ask {
+  const unsigned char* at;
+  size_t step;
+
+  template <int kNearness>
+  void line() {
+    __builtin_prefetch(at, 0, kNearness);
+    at += step;
+  }
+};
+// One row alone reads as fast as memory gives: into the nearest cache. With more rows a block is read
+// again and again, and the next one may wait in the second.
+template <int M>
+constexpr int kNearness = M == 1 ? 3 : 2;
+
 // sums[M][32] (+)= groups [begin, end) of a panel, whose bytes start at `w`.
 template <int kZero, int M>
 __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int begin, int end, const Input& in, int row,
-                     float* sums, size_t ahead) {
+                     float* sums, Ask ask) {
   V total[M][2];
   const int8_t* a[M];
   BATON_EACH (int m = 0; m < M; m++) {
@@ -88,7 +104,7 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
   const float* scales = in.scales + size_t(row) * in.group_stride;
   for (int g = begin; g < end; g++) {
     const Half* scale = reinterpret_cast<const Half*>(w);
-    __builtin_prefetch(w + ahead);
+    ask.line<kNearness<M>>();
     w += kScaleBytes;
     I acc[M][2];
     BATON_EACH (int m = 0; m < M; m++)
@@ -99,12 +115,12 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
       if (kZero == 8) {
         const U both = load_as<U>(w);
         low = both & 0x0F0F0F0Fu, high = (both >> 4) & 0x0F0F0F0Fu;
-        __builtin_prefetch(w + ahead);
+        ask.line<kNearness<M>>();
         w += 64;
       } else {
         low = load_as<U>(w), high = load_as<U>(w + 64);
-        __builtin_prefetch(w + ahead);
-        __builtin_prefetch(w + ahead + 64);
+        ask.line<kNearness<M>>();
+        ask.line<kNearness<M>>();
         w += 128;
       }
       BATON_EACH (int m = 0; m < M; m++) {
@@ -127,7 +143,7 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
 
 template <int M>
 __attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int end, const Input& in, int row,
-                      float* sums, size_t ahead) {
+                      float* sums, Ask ask) {
   V total[M][2];
   const int8_t* a[M];
   BATON_EACH (int m = 0; m < M; m++) {
@@ -137,8 +153,8 @@ __attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int 
 #pragma GCC unroll 4
   for (int pair = begin; pair < end; pair++) {
     const U w0 = load_as<U>(w), w1 = load_as<U>(w + 64);
-    __builtin_prefetch(w + ahead);
-    __builtin_prefetch(w + ahead + 64);
+    ask.line<kNearness<M>>();
+    ask.line<kNearness<M>>();
     w += 128;
     BATON_EACH (int m = 0; m < M; m++) {
       const U two = splat_at(a[m] + size_t(pair) * 4);
@@ -153,34 +169,37 @@ __attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int 
 // Calls the tile for `rows` rows, which is at most M.
 template <int M>
 inline void tile_of(const Matrix& w, const unsigned char* at, int begin, int end, const Input& in,
-                    int row, int rows, float* sums, size_t ahead) {
+                    int row, int rows, float* sums, Ask ask) {
   if constexpr (M > 1) {
-    if (rows < M) return tile_of<M - 1>(w, at, begin, end, in, row, rows, sums, ahead);
+    if (rows < M) return tile_of<M - 1>(w, at, begin, end, in, row, rows, sums, ask);
   }
-  if (w.format == Format::kPackedBF16) return bf16_tile<M>(at, begin, end, in, row, sums, ahead);
+  if (w.format == Format::kPackedBF16) return bf16_tile<M>(at, begin, end, in, row, sums, ask);
   if constexpr (M <= kIntRows) {
     if (w.format == Format::kPackedInt4)
-      int_tile<8, M>(at, w.group, begin, end, in, row, sums, ahead);
+      int_tile<8, M>(at, w.group, begin, end, in, row, sums, ask);
     else
-      int_tile<128, M>(at, w.group, begin, end, in, row, sums, ahead);
+      int_tile<128, M>(at, w.group, begin, end, in, row, sums, ask);
   }
 }
 
-// sums[rows][32]: one panel times all rows. A block of the panel stays in the cache for all rows; only
-// the first tile streams it from memory, and asks for what comes behind it.
+// sums[rows][32]: one panel times all rows. A block of the panel stays in the cache for all rows, and
+// each tile asks for its share of the block behind it, so that memory is busy all the time.
 void packed_panel(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
   const int widest = w.format == Format::kPackedBF16 ? kBf16Rows : kIntRows;
   const int tiles = (rows + widest - 1) / widest, height = (rows + tiles - 1) / tiles;
   const int width = w.format == Format::kPackedBF16 ? 2 : w.group, groups = w.groups();
   const int block = tiles == 1 ? groups : kBlockColumns / width;
+  const size_t step = tiles == 1 ? 64 : 64 / (tiles < 64 ? tiles : 64);
   const unsigned char* at = static_cast<const unsigned char*>(w.data) + size_t(panel) * w.panel_bytes();
   for (int begin = 0; begin < groups; begin += block) {
     const int end = begin + block < groups ? begin + block : groups;
-    for (int row = 0; row < rows; row += height) {
+    const size_t bytes = size_t(end - begin) * w.group_bytes();
+    for (int row = 0, tile = 0; row < rows; row += height, tile++) {
       const int count = rows - row < height ? rows - row : height;
-      tile_of<kBf16Rows>(w, at + size_t(begin) * w.group_bytes(), begin, end, in, row, count,
-                         sums + size_t(row) * 32, row == 0 ? kAhead : 0);
+      const Ask ask{at + (tiles == 1 ? kAhead : bytes + bytes * size_t(tile) / size_t(tiles)), step};
+      tile_of<kBf16Rows>(w, at, begin, end, in, row, count, sums + size_t(row) * 32, ask);
     }
+    at += bytes;
   }
 }
 

@@ -112,6 +112,16 @@ class NativeBackend:
         out: NDArray[np.float32] = self._engine.step(seeds)
         return out
 
+    @property
+    def step_ns(self) -> int:
+        """Nanoseconds that the last `step` spent in native code, without the lock."""
+        return int(self._engine.step_ns)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of matrices that one step reads, scales and head among them."""
+        return int(self._engine.weight_bytes)
+
     def read_weights(self) -> int:
         """Reads all matrices once, as a step would, and returns their bytes: for benchmarks."""
         return int(self._engine.read_weights())
