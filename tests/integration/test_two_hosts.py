@@ -5,14 +5,10 @@ Hosts are network namespaces; the processes and what they send each other are re
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -36,6 +32,9 @@ _WHY_NOT = network.why_not()
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT or "-")]
 
 StartHosts = Callable[..., HostsHandle]
+ATTEMPTS = 5
+# Longer than any cut here, however slow the machine: who is cut off has not gone away.
+PATIENT = ("scheduler:--orphan-ms=60000", "kv-store:--lease-ms=60000")
 
 SPARE_PREFILL = (*TWO_HOSTS, HostPlan("c", ("kv-store", "prefill")))
 SPARE_DECODE = (
@@ -53,8 +52,7 @@ def start() -> Iterator[StartHosts]:
     with tempfile.TemporaryDirectory(prefix="bt-", dir="/tmp") as root:
 
         def begin(plan: tuple[HostPlan, ...], **options: bool) -> HostsHandle:
-            run_dir = f"{root}/{len(running)}"
-            spec = ClusterSpec(run_dir=run_dir, failpoints=f"{run_dir}/failpoints")
+            spec = ClusterSpec(run_dir=f"{root}/{len(running)}", extra=PATIENT)
             running.append(start_hosts(spec, plan, **options))
             return running[-1]
 
@@ -108,15 +106,6 @@ def strike(
             if len(tokens) == at_token and event.HasField("token"):
                 blow()
     return tokens
-
-
-def hold_decode(cluster: HostsHandle, at_index: int) -> Path:
-    """Arms a failpoint: the decode that commits this token stops, and leaves a file in the directory."""
-    directory = Path(cluster.hosts["b"].spec.failpoints)
-    directory.mkdir(parents=True, exist_ok=True)
-    point = {"point": "decode.committed", "index": at_index, "action": "stop"}
-    (directory / "hold.json").write_text(json.dumps(point))
-    return directory
 
 
 # --- a bad network ---
@@ -212,42 +201,56 @@ def test_a_partition_that_outlasts_the_deadline_ends_the_request(
 
 def test_the_scheduler_cut_off_from_everybody(start: StartHosts, reference: Reference) -> None:
     """Decode goes on into the stream's record and keeps nothing else; the client, which hears nothing
-    either, resumes where it was. No token is lost or repeated. Decode stands still at token 20 until
-    the network is cut, however slow the client is to hear of token 10."""
+    either, resumes where it was. No token is lost or repeated."""
     cluster = start((*TWO_HOSTS, HostPlan("u")), public=True)
-    prompt, count = text_of(0, 0, 600), 700
+    prompt, count = text_of(0, 0, 600), 1200
     expected = reference.answer(
         {"token_ids": reference.tokenizer.encode(prompt).ids, "max_tokens": count,
          "ignore_eos": True}
     )["token_ids"]  # fmt: skip
+    for _ in range(ATTEMPTS):
+        cut, indexes, tokens = cut_off_at(cluster, 10, prompt, count)
+        assert indexes == list(range(count))
+        assert tokens == expected
+        if cut:
+            return
+    pytest.fail(f"{ATTEMPTS} streams had ended before their tenth token was known")
+
+
+def cut_off_at(
+    cluster: HostsHandle, token: int, prompt: str, count: int
+) -> tuple[bool, list[int], list[int]]:
+    """Cuts the scheduler's host off once a remote client has `token` tokens, until decode has done all
+    its work. Gives whether the stream was still going on then, the indexes as they came, the tokens."""
     options = ("--max-tokens", str(count), "--ignore-eos", "--retry-s", "30")
     client = RemoteClient(cluster, "u", prompt, *options)
     arena_dir = cluster.hosts["b"].spec.arena_dir(0)
     decodes = [cluster.pid(name) for name in cluster.names("decode")]
     indexes: list[int] = []
-    armed = hold_decode(cluster, at_index=20)
+    cut = False
 
-    def cut_off() -> None:
-        wait_until(lambda: bool(list(armed.glob("*.fired-*"))), 10, "decode to reach token 20")
-        [fired] = armed.glob("*.fired-*")
+    def steps() -> int:
+        return max(committed(arena_dir))
+
+    def cut_off() -> bool:
         cluster.network.isolate("s")
-        os.kill(int(fired.name.rpartition("-")[2]), signal.SIGCONT)
-        resident, cut_at = sum(map(resident_bytes, decodes)), time.monotonic()
-        wait_until(lambda: max(committed(arena_dir)) == count - 1, 30, "decode to go on")
-        wait_until(lambda: time.monotonic() > cut_at + 4, 10, "all to notice")
-        assert sum(map(resident_bytes, decodes)) - resident < 4 << 20
+        resident, cut_at, begun = sum(map(resident_bytes, decodes)), time.monotonic(), steps()
+        if 0 < begun < count - 1:
+            wait_until(lambda: steps() == count - 1, 30, "decode to go on")
+            wait_until(lambda: time.monotonic() > cut_at + 4, 10, "all to notice")
+            assert sum(map(resident_bytes, decodes)) - resident < 4 << 20
         cluster.network.heal()
+        return 0 < begun < count - 1
 
     try:
         for event in client.events():
             if "token" in event:
                 indexes.append(event["token"]["index"])
-                if len(indexes) == 10:
-                    cut_off()
+                if len(indexes) == token:
+                    cut = cut_off()
     finally:
         client.kill()
-    assert indexes == list(range(count))
-    assert event["token_ids"] == expected
+    return cut, indexes, event["token_ids"]
 
 
 # --- hosts that are lost ---
