@@ -22,6 +22,14 @@ inline py::buffer_info writable(const py::buffer& buffer) {
   return info;
 }
 
+// Whether its bytes lie in one piece, in the order of its indices.
+inline bool contiguous(const py::buffer_info& info) {
+  py::ssize_t stride = info.itemsize;
+  for (size_t axis = size_t(info.ndim); axis-- > 0; stride *= info.shape[axis])
+    if (info.shape[axis] > 1 && info.strides[axis] != stride) return false;
+  return true;
+}
+
 // Over so many bytes it pays to let other threads go on; for fewer, taking the lock again may cost
 // more than the work.
 constexpr size_t kLongBytes = 65536;
@@ -104,6 +112,7 @@ class Arena {
     size_t total = 0;
     for (const py::handle frame : frames) {
       held.push_back(frame.cast<py::buffer>().request());
+      if (!contiguous(held.back())) throw py::value_error("frames: must be contiguous");
       data.push_back(static_cast<const unsigned char*>(held.back().ptr));
       bytes.push_back(size_t(held.back().size) * size_t(held.back().itemsize));
       total += bytes.back();

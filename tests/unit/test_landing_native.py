@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -103,6 +105,49 @@ def test_what_does_not_fit_is_refused(
             np.zeros(seeds, np.uint32),
         )  # fmt: skip
     assert there.headers.tobytes() == before
+
+
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda view: view[::-1],
+        lambda view: np.repeat(view, 2)[::2],
+        lambda view: view.reshape(2, -1).copy(order="F"),
+        lambda view: np.broadcast_to(view[:1], view.shape),
+    ],
+    ids=["backwards", "every other byte", "columns", "one byte over and over"],
+)
+def test_frames_with_strides_are_refused(
+    pair: tuple[Arena, Arena], strided: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Wherever such a frame stands; no byte of the arena has changed."""
+    _, there = pair
+    page = np.arange(there.layout.page_bytes, dtype=np.uint8)
+    before = there.headers.tobytes(), bytes(there.run(0, 0, 2))
+    for frames in ([strided(page), page], [page, strided(page)]):
+        with pytest.raises(ValueError, match="frames: must be contiguous"):
+            there.native.land(
+                np.arange(2, dtype=np.uint32), 0, frames, 0,
+                np.zeros(2 * PAGE_TOKENS, np.uint32), np.zeros(0, np.uint32),
+            )  # fmt: skip
+    assert (there.headers.tobytes(), bytes(there.run(0, 0, 2))) == before
+
+
+def test_frames_of_any_shape_are_taken_when_they_lie_in_one_piece(
+    pair: tuple[Arena, Arena],
+) -> None:
+    """Of several dimensions, of one element, of none at all, and of wider elements."""
+    here, there = pair
+    seeds = np.arange(COUNT * PAGE_TOKENS, dtype=np.uint32)
+    content, sums = sent(here, 0, seeds)
+    whole = np.frombuffer(content, np.uint8)
+    size = here.layout.page_bytes
+    frames = [
+        whole[:size].reshape(4, 2, -1), whole[size : size + 1][::-1], whole[:0][::-1],
+        memoryview(content)[size + 1 : 2 * size], whole[2 * size :].view(np.uint32)[:, None],
+    ]  # fmt: skip
+    assert there.native.land(np.arange(3, dtype=np.uint32), 0, frames, 0, sums, seeds) == -1
+    assert bytes(there.run(0, 0, COUNT)) == content
 
 
 def test_sealed_blocks_are_as_if_sealed_one_by_one(pair: tuple[Arena, Arena]) -> None:
