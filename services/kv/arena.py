@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services import _native
+from services.kv import locks
 from services.kv.layout import PAGE_TOKENS, KvLayout, blocks_for
 from services.ops.errors import ConfigError, LayoutMismatch, Unavailable
 
@@ -133,7 +134,7 @@ def create_arena(directory: Path, plan: ArenaPlan) -> Arena:
     Raises ConfigError when the file system is too small.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "locks").mkdir(exist_ok=True)
+    locks.prepare(directory)
     path, unfinished = directory / "arena", directory / "arena.new"
     fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o660)
     try:

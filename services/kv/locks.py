@@ -14,6 +14,11 @@ def _path(arena_dir: Path, worker_id: str) -> Path:
     return arena_dir / "locks" / worker_id
 
 
+def prepare(arena_dir: Path) -> None:
+    """Makes the place of the lock files."""
+    (arena_dir / "locks").mkdir(exist_ok=True)
+
+
 def hold(arena_dir: Path, worker_id: str) -> int:
     """Takes this process's lock; keep the descriptor open for the process's whole life."""
     path = _path(arena_dir, worker_id)

@@ -1,10 +1,8 @@
-"""How a store comes by its arena: it owns the directory, goes on with the arena that lies there, or
-makes a new one when that is of another shape, model or version."""
+"""How a store comes by its arena: it goes on with the one that lies in its directory, or makes a new
+one when that is of another shape, model or version."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import uuid
 from pathlib import Path
 
@@ -17,22 +15,9 @@ from services.kv_store.pool import BlockPool
 from services.kv_store.recover import rebuild
 from services.kv_store.state import KvState
 from services.ops import log
-from services.ops.errors import ConfigError, LayoutMismatch
+from services.ops.errors import LayoutMismatch
 
 _logger = log.get("kv_store")
-
-
-def own_directory(directory: Path) -> int:
-    """Makes the directory and takes its lock for as long as the descriptor is open. Raises ConfigError
-    when another store has it."""
-    (directory / "locks").mkdir(parents=True, exist_ok=True)
-    fd = os.open(directory / "store.lock", os.O_RDWR | os.O_CREAT, 0o660)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise ConfigError(f"arena_dir: another kv-store owns {directory}") from None
-    return fd
 
 
 def attach_or_create(

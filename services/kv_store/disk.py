@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import time
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from services.kv.arena import Arena
 from services.kv_store.blockfile import SUFFIX, UNFINISHED, BadFile, BlockFiles
 from services.ops import log
 from services.ops.errors import ConfigError
-from services.ops.private import private_directory
+from services.ops.private import own_directory
 
 R = TypeVar("R")
 _logger = log.get("disk")
@@ -99,22 +98,8 @@ class DiskTier:
         self._executor = executor or ThreadPoolExecutor(THREADS, "disk")
         self._reads = asyncio.Semaphore(READS_MAX)
         self._failures, self._paused_until = 0, 0.0
-        self._lock = self._own(directory)
+        self._lock = own_directory(directory, "disk_dir")
         self._take_up(directory)
-
-    @staticmethod
-    def _own(directory: Path) -> int:
-        try:
-            private_directory(directory, "disk_dir")
-            fd = os.open(directory / "store.lock", os.O_RDWR | os.O_CREAT, 0o660)
-        except OSError as error:
-            raise ConfigError(f"disk_dir: {directory}: {error.strerror}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise ConfigError(f"disk_dir: another kv-store owns {directory}") from None
-        return fd
 
     def _take_up(self, directory: Path) -> None:
         """The index of the files that are there, in the order of their last use; others go."""

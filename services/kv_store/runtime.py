@@ -20,7 +20,7 @@ from services.kv.layout import PAGE_TOKENS
 from services.kv.record import FENCED_MAX, FREE, NO_BLOCK, RESTING, StreamRecord
 from services.kv.verify import sealed
 from services.kv_store import pinfile
-from services.kv_store.attach import attach_or_create, own_directory
+from services.kv_store.attach import attach_or_create
 from services.kv_store.config import KvStoreConfig
 from services.kv_store.disk import DiskTier
 from services.kv_store.headers import HeaderBook
@@ -31,7 +31,7 @@ from services.kv_store.state import MAX_EPOCH, Stream
 from services.ops import log
 from services.ops.errors import InvalidRequest, StaleEpoch
 from services.ops.failpoints import Failpoints
-from services.ops.private import private_directory
+from services.ops.private import own_directory
 
 _logger = log.get("kv_store")
 AWAITED_MAX = 256  # that one answer names; the others follow when these have spoken
@@ -58,8 +58,8 @@ class KvStore:
         self.counts = StoreCounts()
         self.failpoints = Failpoints(config.failpoints, config.name)
         directory = Path(config.arena_dir)
-        private_directory(directory, "arena_dir")
-        self._own_lock = own_directory(directory)
+        self._own_lock = own_directory(directory, "arena_dir")
+        locks.prepare(directory)
         self._before = locks.all_held(directory)  # whom the store before this one may have met
         self.arena, self.state = attach_or_create(directory, config, identity)
         self.book = HeaderBook(self.arena)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -30,3 +31,20 @@ def private_directory(path: Path, field: str) -> None:
     if found.st_mode & stat.S_IWOTH:
         mode = stat.S_IMODE(found.st_mode)
         raise ConfigError(f"{field}: mode {mode:04o} lets everybody write into {path}")
+
+
+def own_directory(path: Path, field: str) -> int:
+    """Makes the directory, or takes one that is there, and holds its lock for as long as the
+    descriptor is open. Raises ConfigError, naming `field`, when another store has it or it cannot be
+    used."""
+    try:
+        private_directory(path, field)
+        fd = os.open(path / "store.lock", os.O_RDWR | os.O_CREAT, 0o660)
+    except OSError as error:
+        raise ConfigError(f"{field}: {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ConfigError(f"{field}: another kv-store owns {path}") from None
+    return fd

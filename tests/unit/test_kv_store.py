@@ -113,7 +113,7 @@ def test_tenants_share_nothing(world: StoreWorld) -> None:
 
 def test_a_second_store_is_refused(world: StoreWorld) -> None:
     """One store owns an arena; the other says so and does not start."""
-    with pytest.raises(ConfigError, match="arena_dir: another kv-store"):
+    with pytest.raises(ConfigError, match=r"^arena_dir: another kv-store"):
         new_store(world.directory)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.ops.errors import ConfigError
-from services.ops.private import private_directory
+from services.ops.private import own_directory, private_directory
 
 
 def test_it_is_made_closed(tmp_path: Path) -> None:
@@ -56,3 +56,19 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     with pytest.raises(ConfigError, match=r"^journal_dir: .* is not a directory"):
         private_directory(tmp_path / "f", "journal_dir")
+
+
+def test_a_directory_has_one_owner(tmp_path: Path) -> None:
+    """Until its descriptor is closed; the second one is told by which field it came there."""
+    first = own_directory(tmp_path / "a", "disk_dir")
+    with pytest.raises(ConfigError, match=r"^cold_dir: another kv-store owns .*a$"):
+        own_directory(tmp_path / "a", "cold_dir")
+    os.close(first)
+    os.close(own_directory(tmp_path / "a", "disk_dir"))
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """By the field, as everything that a configuration has wrong."""
+    (tmp_path / "f").touch()
+    with pytest.raises(ConfigError, match=r"^arena_dir: .*f/a: "):
+        own_directory(tmp_path / "f" / "a", "arena_dir")
