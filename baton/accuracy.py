@@ -32,9 +32,10 @@ from services.engine.load import Weights, packed_weights
 from services.engine.model import ModelConfig
 from services.engine.native_backend import NativeBackend, Weight
 from services.engine.packed import PackedMatrix
-from services.engine.reference import HeapPages
 from services.engine.weights.names import AS_IS, FORMATS
 from services.engine.weights.plan import floats, items
+from services.kv.heap import HeapPages
+from services.kv.layout import blocks_for
 
 Tokens = NDArray[np.int64]
 CHUNK = 256  # rows of a pass, as in prefill
@@ -75,7 +76,8 @@ class Subject:
         matrices = [weights[item.tensor] for item in items(self.config, AS_IS)]
         self.bits_per_weight = 8 * sum(map(_bytes, matrices)) / sum(map(_count, matrices))
         self.kv = identity.layout.kv_dtype
-        self._pages = HeapPages(identity.layout, self.config.max_context)
+        layout = identity.layout
+        self._pages = HeapPages(layout, blocks_for(self.config.max_context) * layout.groups)
         self._backend: Backend = NativeBackend(self.config, weights, self._pages)
 
     def distributions(self, window: Tokens) -> Iterator[NDArray[np.float64]]:

@@ -42,7 +42,7 @@ _NORMS = {
 
 
 class NativePages(PageSource, Protocol):
-    """Pages that the native code can reach: an arena, or a test's memory."""
+    """Pages that the native code can reach: an arena, or a process's own memory."""
 
     @property
     def native(self) -> Any: ...

@@ -16,40 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from services import _native
 from services.engine.backend import Rows
 from services.engine.identity import identify
 from services.engine.load import load_backend
 from services.engine.model import ModelConfig
 from services.engine.sampling import SamplingParams, sample
-from services.kv.layout import KvLayout, blocks_for
-
-
-class HeapPages:
-    """Pages on this process's heap, for one sequence at a time."""
-
-    def __init__(self, layout: KvLayout, tokens_max: int) -> None:
-        self.layout = layout
-        count = blocks_for(tokens_max) * layout.groups
-        offset = -(-count * _native.PAGE_HEADER_BYTES // 64) * 64
-        buffer = np.zeros(offset + count * layout.page_bytes, np.uint8)
-        self._pages = buffer[offset:].view(layout.dtype).reshape(count, *layout.page_shape)
-        self.native = _native.Arena(
-            buffer,
-            _native.Geometry(
-                header_offset=0, pages_offset=offset, page_bytes=layout.page_bytes,
-                page_count=count, layers=layout.layers,
-                layers_per_group=layout.layers_per_group, kv_heads=layout.kv_heads,
-                head_dim=layout.head_dim, element_bytes=layout.dtype.itemsize,
-            ),
-        )  # fmt: skip
-        self.table = np.arange(count, dtype=np.uint32).reshape(1, -1, layout.groups)
-
-    def page(self, page_id: int) -> NDArray[np.generic]:
-        return self._pages[page_id]  # type: ignore[no-any-return]
+from services.kv.heap import HeapPages
+from services.kv.layout import blocks_for
 
 
 class Reference:
@@ -65,7 +40,8 @@ class Reference:
         )  # fmt: skip
         self.config: ModelConfig = identity.config
         self.tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-        self._pages = HeapPages(identity.layout, self.config.max_context)
+        layout = identity.layout
+        self._pages = HeapPages(layout, blocks_for(self.config.max_context) * layout.groups)
         self._decode = load_backend("cpu", model, self.config, self._pages)
         self._prefill = self._decode
         if prefill_device != "cpu":

@@ -180,6 +180,17 @@ def read_plan(path: Path) -> ArenaPlan:
     return ArenaPlan(**{**fields, "layout": KvLayout(**fields["layout"])})
 
 
+def geometry(
+    layout: KvLayout, headers_offset: int, pages_offset: int, pages: int
+) -> _native.Geometry:
+    """Where the native code finds so many pages in a buffer."""
+    return _native.Geometry(
+        header_offset=headers_offset, pages_offset=pages_offset, page_bytes=layout.page_bytes,
+        page_count=pages, layers=layout.layers, layers_per_group=layout.layers_per_group,
+        kv_heads=layout.kv_heads, head_dim=layout.head_dim, element_bytes=layout.dtype.itemsize,
+    )  # fmt: skip
+
+
 class Arena:
     """A mapping of one arena. Any number of processes hold one; each page has one writer at a time."""
 
@@ -201,17 +212,7 @@ class Arena:
         )
         self.native = _native.Arena(
             self._map,
-            _native.Geometry(
-                header_offset=plan.headers_offset,
-                pages_offset=plan.pages_offset,
-                page_bytes=layout.page_bytes,
-                page_count=plan.pages,
-                layers=layout.layers,
-                layers_per_group=layout.layers_per_group,
-                kv_heads=layout.kv_heads,
-                head_dim=layout.head_dim,
-                element_bytes=layout.dtype.itemsize,
-            ),
+            geometry(layout, plan.headers_offset, plan.pages_offset, plan.pages),
         )
 
     @property

@@ -10,9 +10,10 @@ import pytest
 from services.engine.checkpoint import load_weights
 from services.engine.errors import ModelError
 from services.engine.model import ModelConfig
+from services.kv.heap import HeapPages
 from services.kv.layout import KvLayout
 from tests.support.backends import BACKENDS, Runner
-from tests.support.models import MemoryPages, reference_logits, save_tiny_model
+from tests.support.models import reference_logits, save_tiny_model
 from tests.support.oracle import (
     CHUNKS,
     Loaded,
@@ -222,7 +223,7 @@ def test_a_layout_of_another_model_is_refused(
     config, weights = loaded
     sizes = {"layers": config.layers, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
     sizes[field] += 2
-    pages = MemoryPages(KvLayout(**sizes, layers_per_group=1, kv_dtype="f32"), 1)
+    pages = HeapPages(KvLayout(**sizes, layers_per_group=1, kv_dtype="f32"), 1)
     with pytest.raises(ModelError, match=field):
         BACKENDS[backend](config, weights, pages)
 

@@ -199,7 +199,7 @@ def test_a_step_is_a_pass_in_one_call(format: str) -> None:
     results = []
     for one_call in (False, True):
         runner = runner_of(model, threads=2, layers_per_group=1)
-        runner.pages.native_buffer[:] = 0
+        runner.pages.buffer[:] = 0
         runner.feed((0, prompt_of(model[0], 70)))
         rows = runner.rows([(0, [7])])
         seeds = np.array([99], np.uint32)
@@ -214,7 +214,7 @@ def test_a_step_is_a_pass_in_one_call(format: str) -> None:
                 pages = rows.tables[0, rows.positions // 64, group]
                 runner.pages.native.stamp_rows(pages, rows.positions % 64, seeds, group)
             logits = backend.logits(np.zeros(1, np.int32))
-        results.append((bits(logits), runner.pages.native_buffer.tobytes()))
+        results.append((bits(logits), runner.pages.buffer.tobytes()))
     assert results[0] == results[1]
 
 

@@ -16,9 +16,9 @@ from services.engine.checkpoint import WeightView
 from services.engine.model import ModelConfig
 from services.engine.native_backend import NativeBackend
 from services.engine.torch_device import ACCELERATOR_TILE_ROWS
+from services.kv.heap import HeapPages
 from services.kv.layout import KvLayout, blocks_for
 from services.ops.errors import ConfigError
-from tests.support.models import MemoryPages
 
 BackendFactory = Callable[[ModelConfig, Mapping[str, WeightView], PageSource], Backend]
 
@@ -96,7 +96,7 @@ class Runner:
         count = int(np.prod(shape)) + 1
         ids = np.random.default_rng(5).permutation(count)[:-1]
         self.tables = ids.reshape(shape).astype(np.uint32)
-        self.pages = MemoryPages(layout, count, fill)
+        self.pages = HeapPages(layout, count, fill=fill)
         self.lengths = [0] * sequences
         self.backend = factory(config, weights, self.pages)
 

@@ -1,4 +1,4 @@
-"""Tiny random models in every supported family, and pages in plain memory to run them over.
+"""Tiny random models in every supported family.
 
 The weights are drawn wide enough that biases, norms and attention windows change the answer: with
 the usual small initialisation a model that forgot one of them would still pass. Imports
@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from services import _native
-from services.kv.layout import KvLayout
 
 _COMMON: dict[str, Any] = {"max_position_embeddings": 512, "rms_norm_eps": 1e-5}
 
@@ -156,29 +153,3 @@ def reference_logits(name: str, tokens: NDArray[np.int32]) -> NDArray[np.float32
         ids = torch.from_numpy(tokens.astype(np.int64))[None]
         result: NDArray[np.float32] = tiny_model(name)(ids, use_cache=False).logits[0].numpy()
     return result
-
-
-class MemoryPages:
-    """A `PageSource` over one numpy array; a fresh page is all `fill` bytes (0xFF: NaN)."""
-
-    def __init__(self, layout: KvLayout, count: int, fill: int = 0xFF) -> None:
-        self._layout = layout
-        offset = -(-count * _native.PAGE_HEADER_BYTES // 64) * 64
-        buffer = np.full(offset + count * layout.page_bytes, fill, np.uint8)
-        self.array = buffer[offset:].view(layout.dtype).reshape(count, *layout.page_shape)
-        geometry = _native.Geometry(
-            header_offset=0, pages_offset=offset, page_bytes=layout.page_bytes, page_count=count,
-            layers=layout.layers, layers_per_group=layout.layers_per_group,
-            kv_heads=layout.kv_heads, head_dim=layout.head_dim,
-            element_bytes=layout.dtype.itemsize,
-        )  # fmt: skip
-        self.native = _native.Arena(buffer, geometry)
-        self.native_buffer = buffer  # headers and pages
-
-    @property
-    def layout(self) -> KvLayout:
-        return self._layout
-
-    def page(self, page_id: int) -> NDArray[np.generic]:
-        page: NDArray[np.generic] = self.array[page_id]
-        return page

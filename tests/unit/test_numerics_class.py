@@ -12,7 +12,7 @@ from baton.cluster import ClusterSpec, processes
 from baton.supervisor import with_prefill_class
 from services.engine.identity import NATIVE_NUMERICS, identify, numerics_of
 from services.engine.load import Weights, load_backend, require_numerics
-from services.engine.reference import HeapPages
+from services.kv.heap import HeapPages
 from services.ops.errors import ConfigError, LayoutMismatch
 
 H200 = "torch-2.13.0/cuda13.0-NVIDIA-H200/float32/tile256"
@@ -60,7 +60,7 @@ def test_a_worker_of_another_format_is_refused(tmp_path: Path) -> None:
         "models/pico", kv_dtype="auto", layers_per_group=2, prefill_device="cpu",
         decode_device="cpu",
     )  # fmt: skip
-    pages = HeapPages(config.layout, 64)
+    pages = HeapPages(config.layout, config.layout.groups)
     int8 = Weights("int8", str(tmp_path), config.weights)
     backend = load_backend("cpu", "models/pico", config.config, pages, int8)
     require_numerics(backend, "cpu/int8")
@@ -103,7 +103,7 @@ def test_a_worker_of_another_class_is_refused() -> None:
         "models/pico", kv_dtype="auto", layers_per_group=2, prefill_device="cpu",
         decode_device="cpu",
     )  # fmt: skip
-    pages = HeapPages(identity.layout, 64)
+    pages = HeapPages(identity.layout, identity.layout.groups)
     backend = load_backend("cpu", "models/pico", identity.config, pages)
     require_numerics(backend, "cpu")
     with pytest.raises(LayoutMismatch, match="NVIDIA-H200"):

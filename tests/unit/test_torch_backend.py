@@ -14,10 +14,10 @@ from services.engine import torch_backend
 from services.engine.errors import ModelError, NumericsError
 from services.engine.torch_backend import TorchBackend
 from services.engine.torch_device import make_exact, parse_device
+from services.kv.heap import HeapPages
 from services.kv.layout import KvLayout
 from services.ops.errors import ConfigError
 from tests.support.backends import Runner
-from tests.support.models import MemoryPages
 from tests.support.oracle import (
     Loaded,
     prompt_for,
@@ -28,7 +28,7 @@ from tests.support.oracle import (
 def test_numerics_class_names_what_decides_the_bits(name: str, loaded: Loaded) -> None:
     """The numerics class holds torch's version, the device's kernels, the dtype and the tile."""
     config, weights = loaded
-    pages = MemoryPages(KvLayout(config.layers, 1, config.kv_heads, config.head_dim, "f32"), 1)
+    pages = HeapPages(KvLayout(config.layers, 1, config.kv_heads, config.head_dim, "f32"), 1)
     parts = TorchBackend(config, weights, pages, compute_dtype="bfloat16").numerics.split("/")
     assert parts[0].startswith("torch-2.")
     assert parts[1].startswith("cpu-")
@@ -50,7 +50,7 @@ def test_bfloat16_compute_is_near_float32(name: str, loaded: Loaded) -> None:
 def test_unknown_compute_dtype_is_refused(name: str, loaded: Loaded) -> None:
     """A compute_dtype torch cannot serve is refused by name."""
     config, weights = loaded
-    pages = MemoryPages(KvLayout(config.layers, 1, config.kv_heads, config.head_dim, "f32"), 1)
+    pages = HeapPages(KvLayout(config.layers, 1, config.kv_heads, config.head_dim, "f32"), 1)
     with pytest.raises(ModelError, match="compute_dtype"):
         TorchBackend(config, weights, pages, compute_dtype="int4")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from importlib import metadata
 from pathlib import Path
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 
 from baton.bench.engine.engines import SLACK_TOKENS, Setup
 from baton.bench.engine.shapes import SHAPES
-from services import _native
 from services.engine.backend import Rows
 from services.engine.load import Team, Weights, load_backend
 from services.engine.model import ModelConfig
 from services.engine.native_backend import NativeBackend, NativePages
+from services.kv.heap import HeapPages
 from services.kv.layout import PAGE_TOKENS, KvLayout, blocks_for
 
 LAYERS_PER_GROUP = 2  # the cluster's default
@@ -47,32 +46,12 @@ def arena_bytes(model: Path, streams: int, tokens: int) -> int:
     return (streams + 1) * (tokens + 2 * PAGE_TOKENS) * token + (64 << 20)
 
 
-class PrivatePages:
-    """Pages in anonymous memory, laid out as in an arena, filled with small random K and V."""
-
-    def __init__(self, layout: KvLayout, count: int) -> None:
-        self._layout = layout
-        offset = -(-count * _native.PAGE_HEADER_BYTES // 4096) * 4096
-        self._buffer = mmap.mmap(-1, offset + count * layout.page_bytes)
-        geometry = _native.Geometry(
-            header_offset=0, pages_offset=offset, page_bytes=layout.page_bytes, page_count=count,
-            layers=layout.layers, layers_per_group=layout.layers_per_group,
-            kv_heads=layout.kv_heads, head_dim=layout.head_dim,
-            element_bytes=layout.dtype.itemsize,
-        )  # fmt: skip
-        self.native = _native.Arena(self._buffer, geometry)
-        array = np.frombuffer(self._buffer, layout.dtype, offset=offset)
-        self._pages = array.reshape(count, *layout.page_shape)
-        page = np.random.default_rng(3).standard_normal(layout.page_shape, np.float32)
-        self._pages[:] = page if layout.kv_dtype == "f32" else (page.view(np.uint32) >> 16)
-
-    @property
-    def layout(self) -> KvLayout:
-        return self._layout
-
-    def page(self, page_id: int) -> NDArray[np.generic]:
-        page: NDArray[np.generic] = self._pages[page_id]
-        return page
+def random_pages(layout: KvLayout, count: int) -> HeapPages:
+    """Pages in memory like an arena's, each filled with the same small random K and V."""
+    pages = HeapPages(layout, count, mapped=True)
+    page = np.random.default_rng(3).standard_normal(layout.page_shape, np.float32)
+    pages.array[:] = page if layout.kv_dtype == "f32" else (page.view(np.uint32) >> 16)
+    return pages
 
 
 class Own:
@@ -90,7 +69,7 @@ class Own:
         )
         longest = max([*setup.contexts, 0]) + SLACK_TOKENS
         blocks = max(setup.streams_max * blocks_for(longest), blocks_for(setup.prefill_max))
-        pages = PrivatePages(self._layout, blocks * self._layout.groups)
+        pages = random_pages(self._layout, blocks * self._layout.groups)
         groups = np.arange(self._layout.groups, dtype=np.uint32) * blocks
         table = np.arange(blocks, dtype=np.uint32)[:, None] + groups
         each = blocks_for(longest)
