@@ -11,7 +11,7 @@ from baton.v1 import cluster_pb2, control_pb2
 from services.decode.config import DecodeConfig
 from services.decode.engine_loop import DecodeEngine
 from services.engine.identity import digest_of
-from services.engine.load import Team, Weights, load_backend, require_numerics
+from services.engine.load import load_engine
 from services.kv.worker import ArenaHold, join
 from services.ops import config, lifecycle, log
 from services.ops.errors import BatonError
@@ -37,12 +37,7 @@ class DecodeWorker:
         self._socket = sockets.listener(self._context, zmq.PULL, ANNOUNCERS)
         self._socket.bind(settings.announce_listen)
         self._address = sockets.bound_address(self._socket, settings.announce_advertise)
-        weights = Weights(settings.weights, settings.weights_cache, hold.identity.weights)
-        backend = load_backend(
-            settings.device, settings.model, hold.identity.config, hold.arena, weights,
-            Team(settings.threads or len(settings.cores) or 1, settings.cores),
-        )  # fmt: skip
-        require_numerics(backend, settings.decode_device)
+        backend = load_engine(settings, hold.identity, hold.arena, settings.decode_device)
         self.engine = DecodeEngine(settings, hold.arena, backend, self._report)
 
     def use(self, link: SchedulerLink) -> None:

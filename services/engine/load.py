@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from services.engine.backend import Backend
 from services.engine.checkpoint import Checkpoint, WeightView, load_weights
-from services.engine.identity import numerics_of
+from services.engine.identity import ModelIdentity, numerics_of
 from services.engine.model import ModelConfig
 from services.engine.native_backend import NativeBackend, NativePages, Weight
 from services.engine.weights.names import AS_IS, weights_class
@@ -33,6 +34,35 @@ class Team:
 
     threads: int = 1
     cores: tuple[int, ...] = ()
+
+
+class EngineConfig(Protocol):
+    """What a worker's configuration says of its engine."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def weights_cache(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def cores(self) -> tuple[int, ...]: ...
+
+
+def load_engine(
+    config: EngineConfig, identity: ModelIdentity, pages: NativePages, device_class: str
+) -> Backend:
+    """A worker's backend. Raises LayoutMismatch when its KV is not of `device_class`, and ConfigError
+    as `load_backend` does."""
+    weights = Weights(config.weights, config.weights_cache, identity.weights)
+    team = Team(config.threads or len(config.cores) or 1, config.cores)
+    backend = load_backend(config.device, config.model, identity.config, pages, weights, team)
+    require_numerics(backend, device_class)
+    return backend
 
 
 def load_backend(

@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from baton.v1 import cluster_pb2, control_pb2
-from services.engine.load import Team, Weights, load_backend, require_numerics
+from services.engine.load import load_engine
 from services.kv.worker import ArenaHold, join
 from services.ops import config, lifecycle, log
 from services.ops.keys import Keys
@@ -24,12 +24,7 @@ class PrefillWorker:
         self._settings, self._hold = settings, hold
         self._loop = asyncio.get_running_loop()
         self._link: SchedulerLink | None = None
-        weights = Weights(settings.weights, settings.weights_cache, hold.identity.weights)
-        backend = load_backend(
-            settings.device, settings.model, hold.identity.config, hold.arena, weights,
-            Team(settings.threads or len(settings.cores) or 1, settings.cores),
-        )  # fmt: skip
-        require_numerics(backend, settings.prefill_device)
+        backend = load_engine(settings, hold.identity, hold.arena, settings.prefill_device)
         self.engine = PrefillEngine(settings, hold.arena, backend, self._report, keys)
 
     def use(self, link: SchedulerLink) -> None:
