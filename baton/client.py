@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypedDict, Unpack, cast
 
 import grpc
 
+from baton.closing import Closing
 from baton.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 CHANNEL_OPTIONS = [
@@ -236,7 +237,7 @@ def _raise(error: Any) -> NoReturn:
     raise kind(code.name, message) from None
 
 
-class Client(_Calls):
+class Client(_Calls, Closing):
     """A blocking client; one may be used from many threads. `address` is host:port or unix:path;
     `keys_dir` is what `baton keys` has made, for a cluster that runs with keys.
 
@@ -284,17 +285,6 @@ class Client(_Calls):
 
     def close(self) -> None:
         self._channel.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _unary(self, method: Callable[..., Any], request: Any) -> Any:
         try:

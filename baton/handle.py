@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from baton.closing import Closing
 from baton.cluster import ClusterSpec, variables_of
 from services.ops.config import as_arguments
 from services.ops.errors import BatonError
@@ -116,7 +116,7 @@ def stop_supervisor(state: dict[str, Any], deadline_s: float = STOP_S_MAX) -> No
     wait_until(functools.partial(_is_gone, state), deadline_s, what)
 
 
-class SupervisorHandle:
+class SupervisorHandle(Closing):
     """A cluster as a child process: `with SupervisorHandle.start(spec) as cluster: ...`.
 
     The cluster ends with its owner, however that dies, unless it was started detached.
@@ -232,13 +232,5 @@ class SupervisorHandle:
                 pipe.close()
         return self.process.returncode
 
-    def __enter__(self) -> SupervisorHandle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.stop()

@@ -18,9 +18,9 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from baton.closing import Closing
 from services.ops.errors import Unavailable
 
 PREFIX = "baton"
@@ -65,7 +65,7 @@ def remove_leftovers() -> None:
                 _ip("netns", "delete", path.name)
 
 
-class Network:
+class Network(Closing):
     """Hosts by name, each with an address, and the faults between them. Use as a context manager:
     at its end every namespace and the switch are gone, whatever happened in between."""
 
@@ -101,14 +101,6 @@ class Network:
             self.close()
             raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from types import TracebackType
 from typing import Any
 
 from baton.chaos.scenario import Ask
+from baton.closing import Closing
 
 
-class ReferenceProcess:
+class ReferenceProcess(Closing):
     """Answers with the tokens that a request must give. Equal requests are computed once."""
 
     def __init__(self, model: str) -> None:
@@ -49,14 +49,3 @@ class ReferenceProcess:
             if pipe is not None:
                 pipe.close()
         self._process.wait()
-
-    def __enter__(self) -> ReferenceProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

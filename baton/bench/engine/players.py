@@ -12,10 +12,10 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from baton.bench.engine.engines import BATON, MODULES, VLLM, Setup
+from baton.closing import Closing
 from baton.handle import tail
 
 LOAD_S_MAX, CALL_S_MAX = 900.0, 600.0
@@ -50,7 +50,7 @@ def _environment(setup: Setup, peers: Path) -> dict[str, str]:
     return {**os.environ, **added}
 
 
-class Player:
+class Player(Closing):
     """One engine with its model; use as a context manager. Raises PlayerFailed."""
 
     def __init__(self, setup: Setup, peers: Path, log: Path) -> None:
@@ -66,7 +66,7 @@ class Player:
             self.facts: dict[str, Any] = self._receive(LOAD_S_MAX)
             self._signal(signal.SIGSTOP)
         except BaseException:
-            self.stop()
+            self.close()
             raise
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -106,7 +106,7 @@ class Player:
         if self.process.poll() is None:
             os.kill(self.process.pid, number)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ends the process; its memory is free when this returns."""
         self.process.kill()
         self.process.wait()
@@ -114,14 +114,3 @@ class Player:
             if pipe is not None:
                 with suppress(BrokenPipeError):
                     pipe.close()
-
-    def __enter__(self) -> Player:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from baton.closing import Closing
 from baton.handle import tail
 from services.ops import lifecycle
 from services.ops.config import as_arguments
@@ -39,7 +39,7 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
-class Actor:
+class Actor(Closing):
     """`Actor(Class, ...)` makes a `Class(...)` in a process of its own; use as a context manager."""
 
     def __init__(self, make: Callable[..., object], *args: object) -> None:
@@ -51,7 +51,7 @@ class Actor:
         try:
             self.answer(START_S_MAX)
         except BaseException:
-            self._stop()
+            self.close()
             raise
 
     @property
@@ -79,23 +79,12 @@ class Actor:
         self.start(method, *args)
         return self.answer()
 
-    def _stop(self) -> None:
+    def close(self) -> None:
         self._pipe.close()  # the actor reads the end of its pipe
         self._process.join(STOP_S_MAX)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-    def __enter__(self) -> Actor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop()
 
 
 def _serve(pipe: Connection, make: Callable[..., object], args: tuple[object, ...]) -> None:
@@ -140,7 +129,7 @@ def child(argv: Sequence[str], stdout: Any, stderr: Any) -> subprocess.Popen[byt
     return subprocess.Popen([sys.executable, "-c", _EXEC, *argv], stdout=stdout, stderr=stderr)
 
 
-class ServiceProcess:
+class ServiceProcess(Closing):
     """One of Baton's own processes, from its config, ready to be asked."""
 
     def __init__(self, module: str, config: Any, log: Path) -> None:
@@ -161,13 +150,13 @@ class ServiceProcess:
             readable, _, _ = select.select([self.process.stdout], [], [], left)
             chunk = os.read(self.process.stdout.fileno(), 65536) if readable else b""
             if not chunk:
-                self.stop()
+                self.close()
                 raise ActorFailed(f"{log.stem}: not ready:\n{tail(log, 16)}")
             text += chunk
         facts: dict[str, Any] = json.loads(text.partition(b"READY ")[2])
         return facts
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self.process.terminate()
         try:
             self.process.wait(STOP_S_MAX)
@@ -176,14 +165,3 @@ class ServiceProcess:
             self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-
-    def __enter__(self) -> ServiceProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()

@@ -14,13 +14,13 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from baton.bench.kv.actors import START_S_MAX, STOP_S_MAX, ActorFailed, child
 from baton.bench.kv.world import MIB, World
+from baton.closing import Closing
 
 LOCAL_BUFFER_BYTES = 64 * MIB
 
@@ -36,7 +36,7 @@ def missing() -> str:
     return ""
 
 
-class Master:
+class Master(Closing):
     """`mooncake_master` on a port of its own; use as a context manager."""
 
     def __init__(self, log: Path) -> None:
@@ -67,27 +67,16 @@ class Master:
                 time.sleep(0.02)
                 continue
             return
-        self._stop()
+        self.close()
         raise ActorFailed(f"mooncake_master: not listening; see {log}")
 
-    def _stop(self) -> None:
+    def close(self) -> None:
         self._process.terminate()
         try:
             self._process.wait(STOP_S_MAX)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-    def __enter__(self) -> Master:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop()
 
 
 def _free_port() -> int:

@@ -6,13 +6,13 @@ import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import grpc
 
 from baton.bench.kv.actors import ServiceProcess
 from baton.bench.kv.world import World
+from baton.closing import Closing
 from baton.v1 import store_pb2, store_pb2_grpc
 from services.kv_store.config import KvStoreConfig
 from services.ops.keys import load as load_keys
@@ -31,7 +31,7 @@ class OpenStream:
     attempt: int
 
 
-class Store:
+class Store(Closing):
     """`services.kv_store` with an arena of its own; use as a context manager."""
 
     def __init__(self, world: World, model: Path, root: Path, name: str, **options: Any) -> None:
@@ -76,15 +76,7 @@ class Store:
         opened = self._stub.OpenStream(self._request, timeout=RPC_S)
         return OpenStream(opened.slot, number)
 
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._channel.close()
-        self._process.stop()
+        self._process.close()
         shutil.rmtree(self._arena_dir, ignore_errors=True)
