@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from services.kv import locks
 from services.kv.arena import SEALED
 from services.kv.identity import block_keys, root_key
 from services.kv.layout import PAGE_TOKENS
-from services.kv.record import FENCED_MAX, FREE, NO_BLOCK, RESTING, StreamRecord
+from services.kv.record import FREE, RESTING, StreamRecord
 from services.kv.verify import sealed
 from services.kv_store import pinfile
 from services.kv_store.attach import attach_or_create
@@ -25,6 +24,7 @@ from services.kv_store.config import KvStoreConfig
 from services.kv_store.disk import DiskTier
 from services.kv_store.headers import HeaderBook
 from services.kv_store.leases import LeaseTable
+from services.kv_store.plans import write_fenced, write_plan
 from services.kv_store.pool import ANYBODY
 from services.kv_store.recover import intact
 from services.kv_store.state import MAX_EPOCH, Stream
@@ -306,7 +306,7 @@ class KvStore:
         )  # fmt: skip
         self._write_headers(stream)
         waiting = self.state.resting_slots.get(stream.slot, {})
-        record.write_plan(**_fenced({w: since for (_, w), since in waiting.items()}))
+        write_fenced(record, {w: since for (_, w), since in waiting.items()})
         record.set_state(RESTING if waiting else FREE)
         self.leases.end(request.request_id)
         return True
@@ -452,7 +452,7 @@ class KvStore:
         """Brings the records of those whose waiting has changed up to the state."""
         for slot, writers in self._waited_for().items():
             if writers != before[slot]:
-                StreamRecord(self.arena, slot).write_plan(**_fenced(writers))
+                write_fenced(StreamRecord(self.arena, slot), writers)
 
     def _filled(self, block: int) -> bool:
         return sealed(self.arena, block)
@@ -465,22 +465,7 @@ class KvStore:
     # --- the arena's copy of the state ---
 
     def _write_plan(self, stream: Stream, record: StreamRecord) -> None:
-        record.write_plan(
-            prefill_writer=stream.prefill_writer.encode(),
-            decode_writer=stream.decode_writer.encode(), table_epoch=stream.table_epoch,
-            table_attempt=stream.table_attempt,
-            cached_tokens=stream.cached_blocks * PAGE_TOKENS, tail_rows=stream.tail_rows,
-            tail_source=NO_BLOCK if stream.tail_source is None else stream.tail_source,
-            prefill_start=stream.prefill_start, repair_source=self._repair_sources(stream),
-            prefill_table=stream.prefill_table, decode_table=stream.decode_table,
-            **_fenced(stream.fenced),
-        )  # fmt: skip
-
-    def _repair_sources(self, stream: Stream) -> list[int]:
-        sources = [0] * self.arena.plan.max_blocks
-        for index, damaged in stream.repairs.items():
-            sources[index] = damaged + 1
-        return sources
+        write_plan(stream, record, self.arena.plan.max_blocks)
 
     def _write_headers(self, stream: Stream | None) -> None:
         """Brings the headers of all changed blocks up to the state; those that have been leased have
@@ -490,13 +475,3 @@ class KvStore:
     def remove_arena(self) -> None:
         """Removes the arena and its directory; only for a cluster that is going down for good."""
         shutil.rmtree(self.arena.directory, ignore_errors=True)
-
-
-def _fenced(writers: Mapping[str, int]) -> dict[str, list[Any]]:
-    """The plan's fields of those that are waited for; the latest, if they are too many."""
-    latest = sorted(writers.items(), key=lambda entry: entry[1])[-FENCED_MAX:]
-    latest += [("", 0)] * (FENCED_MAX - len(latest))
-    return {
-        "fenced": [writer.encode() for writer, _ in latest],
-        "fenced_epochs": [since for _, since in latest],
-    }
