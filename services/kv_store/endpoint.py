@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 from services.kv.arena import Arena
 from services.kv_store.receive import Cache, Receiver
-from services.wire.client import Client
+from services.wire.client import TICK_S, Client
 from services.wire.medium import Listener, Medium
 from services.wire.session import hello_of
 
+IDLE_S = 0.5  # between two looks at the clock while nothing is under way
 MESSAGES_PER_TURN = 16  # before the store's other work has its turn; each is at most about 2 MiB
 
 
@@ -38,6 +39,11 @@ class Endpoint:
         self.client.poll()
         self.receiver.tick()
         return took == MESSAGES_PER_TURN
+
+    @property
+    def wait_s(self) -> float:
+        """How long the next turn may wait for a message."""
+        return IDLE_S if self.client.idle and self.receiver.idle else TICK_S
 
     @property
     def corrupt(self) -> int:

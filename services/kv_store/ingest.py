@@ -14,7 +14,6 @@ from services.kv_store.runtime import KvStore
 from services.ops import log
 from services.ops.errors import ConfigError
 from services.ops.keys import Keys
-from services.wire.client import TICK_S
 from services.wire.stream import FRAME_BYTES_MAX
 from services.wire.zmq_medium import ZmqListener, ZmqMedium
 
@@ -100,7 +99,7 @@ class Ingest:
         if self._medium.pending():
             return
         try:
-            async with asyncio.timeout(TICK_S):
+            async with asyncio.timeout(self.endpoint.wait_s):
                 await came.wait()
         except TimeoutError:
             return

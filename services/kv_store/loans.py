@@ -34,6 +34,11 @@ class Loans:
     _ending: list[_Loan] = field(default_factory=list)
     _last: int = 0
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is out, and nothing that came back is still being read."""
+        return not self.out and not self._ending
+
     def lend(self, blocks: Sequence[int], now: float) -> int:
         """The number of a loan of blocks that the caller holds; 0 when nothing is lent."""
         if not blocks or len(self.out) + len(self._ending) >= LOANS_MAX:

@@ -206,6 +206,11 @@ class Receiver:
     def _room(self) -> int:
         return self._inflight_bytes_max - sum(p.window_bytes for p in self._peers.values())
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is on its way in, and nothing is lent."""
+        return not self.pulls.open and self.loans.idle
+
     def tick(self) -> None:
         """Forgets peers and loans that nobody has spoken of in a long time."""
         now = self._clock()

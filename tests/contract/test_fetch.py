@@ -16,12 +16,13 @@ import pytest
 from baton.v1 import store_pb2
 from services.kv.layout import PAGE_TOKENS
 from services.kv.verify import verify_groups
-from services.kv_store.endpoint import Endpoint
-from services.kv_store.fetch import PeerCaches
+from services.kv_store.endpoint import IDLE_S, Endpoint
+from services.kv_store.fetch import KeyFetch, PeerCaches
 from services.kv_store.ingest import Lending
 from services.kv_store.loans import LOAN_S
 from services.kv_store.prefetch import Prefetcher
 from services.kv_store.runtime import KvStore
+from services.wire.client import TICK_S
 from services.wire.faulty_medium import Faults, FaultyMedium
 from services.wire.medium import Medium
 from services.wire.memory_medium import MemoryMedium
@@ -233,6 +234,20 @@ def test_lent_blocks_are_not_evicted(pair: Pair) -> None:
     assert set(blocks) <= set(filled)
     pair.there.store.end_fill([], filled, [])
     state.check_invariants()
+
+
+@pytest.mark.parametrize("medium", ["memory"])
+def test_the_clock_is_looked_at_while_something_is_under_way(pair: Pair) -> None:
+    """A loan, or an exchange with another store; else a store sleeps until a message comes."""
+    cache(pair.there)
+    lends, asks = pair.ends
+    assert lends.wait_s == asks.wait_s == IDLE_S
+    number = lends.receiver.loans.lend(Lending(pair.there.store).borrow(text(0).parents[1:5]), 0.0)
+    assert lends.wait_s == TICK_S
+    lends.receiver.loans.end(number)
+    assert lends.wait_s == IDLE_S
+    asks.client.begin(pair.addresses[0], KeyFetch(pair.here.store.arena, text(0).parents[1:2], [0]))
+    assert asks.wait_s == TICK_S
 
 
 @pytest.mark.parametrize("medium", ["memory"])
