@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -28,6 +29,7 @@ from services.scheduler.text import TextStream
 
 _logger = log.get("scheduler")
 TICK_S = 0.02
+IDLE_TICK_S = 0.1  # while nobody waits for anything
 EPOCH_ZERO_UNIX_S = 1_700_000_000  # a lost journal must not make epochs go backwards
 JOURNAL_COMPACT_BYTES = 16 << 20
 COMPACT_S_MIN = 0.5  # between two compactions: each writes all that is known and waits for the disk
@@ -53,6 +55,7 @@ class Scheduler:
         )
         self._links: dict[str, asyncio.Queue[control_pb2.WorkerCommand | None]] = {}
         self._readers: dict[str, list[asyncio.Event]] = {}
+        self._accepted = asyncio.Event()  # a request, which nothing may keep waiting
         self._compacted_at = 0.0
         self._journal = journal.Journal(Path(config.journal_dir), config.journal_fsync)
         self.stores = Stores(config.stores, identity.fingerprint, self._store_replied, keys)
@@ -89,6 +92,7 @@ class Scheduler:
             self.run(
                 self.state.accept(time.monotonic(), _unix_ms(), body, prompt, sampling, deadline_s)
             )
+            self._accepted.set()
         async for event in self.follow(body.request_id, 0):
             yield event
 
@@ -200,15 +204,23 @@ class Scheduler:
         while True:
             self.run(self.state.tick(time.monotonic()))
             self._compact(time.monotonic())
-            await asyncio.sleep(TICK_S)
+            if not self.state.idle:
+                await asyncio.sleep(TICK_S)
+                continue
+            self._accepted.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_TICK_S):
+                    await self._accepted.wait()
 
     def _compact(self, now: float) -> None:
         """Drops the rows of forgotten requests, as soon as these outnumber the known ones: the journal
         stays within twice what is known, and empties when nothing is."""
+        if not self.state.forgotten:
+            return
         if "journal" in self.config.unsafe:
             return  # control: rows stay
         outnumber = self.state.forgotten > len(self.state.requests)
-        big = self._journal.path.stat().st_size > JOURNAL_COMPACT_BYTES and self.state.forgotten
+        big = self._journal.path.stat().st_size > JOURNAL_COMPACT_BYTES
         if (outnumber or big) and now - self._compacted_at >= COMPACT_S_MIN:
             self._compacted_at = now
             self._journal.rewrite(self.state.journal())

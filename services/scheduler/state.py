@@ -159,6 +159,11 @@ class SchedulerState(Books):
         self._refresh(now)
         return self.drain()
 
+    @property
+    def idle(self) -> bool:
+        """Every request that is known has ended: time brings nothing but suspicion and forgetting."""
+        return not self.recovering and all(request.done for request in self.requests.values())
+
     def tick(self, now: float) -> list[Instruction]:
         """Time has passed: suspicions, deadlines, orphans, retries, and forgetting."""
         for info in self.workers.values():

@@ -76,6 +76,19 @@ def test_it_is_journaled_before_anybody_is_told() -> None:
     )
 
 
+def test_it_is_idle_when_every_request_has_ended() -> None:
+    """Not while one waits, and not before the streams of a scheduler that died are found."""
+    cluster = FakeCluster()
+    assert cluster.scheduler.idle
+    cluster.ask("r")
+    assert not cluster.scheduler.idle
+    cluster.settle()
+    assert cluster.scheduler.idle
+    cluster.ask("s")
+    cluster.restart_scheduler()
+    assert not cluster.scheduler.idle
+
+
 def test_one_token_needs_no_decode() -> None:
     """Prefill samples it: no decode is told of the request."""
     cluster = FakeCluster()
