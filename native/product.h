@@ -15,7 +15,7 @@ namespace {
 
 // Rows in one register tile: as many as the registers hold.
 #if defined(__AVX512F__)
-constexpr int kIntRows = 6, kBf16Rows = 12;
+constexpr int kIntRows = 8, kBf16Rows = 12;
 #else
 constexpr int kIntRows = 2, kBf16Rows = 4;
 #endif
@@ -90,26 +90,45 @@ struct Ask {
 template <int M>
 constexpr int kNearness = M == 1 ? 3 : 2;
 
-// sums[M][32] (+)= groups [begin, end) of a panel, whose bytes start at `w`.
-template <int kZero, int M>
-__attribute__((noinline)) void int_tile(const unsigned char* w, int group, int begin, int end, const Input& in, int row,
-                     float* sums, Ask ask) {
-  V total[M][2];
-  const int8_t* a[M];
-  BATON_EACH (int m = 0; m < M; m++) {
-    BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
-    a[m] = in.codes + size_t(row + m) * in.code_stride + size_t(begin) * group;
+// Where the rows of a tile are read. Four share a pointer: the registers would not hold one for each.
+template <int M>
+struct Rows {
+  static constexpr int kQuads = (M + 3) / 4;
+  const int8_t* quad[kQuads];
+  ptrdiff_t stride, thrice;
+
+  Rows(const Input& in, int row, size_t offset) : stride(in.code_stride), thrice(3 * stride) {
+    BATON_EACH (int i = 0; i < kQuads; i++) quad[i] = in.codes + (row + 4 * i) * stride + offset;
+    asm("" : "+r"(thrice));
   }
-  const int32_t* starts = in.starts + size_t(row) * in.group_stride;
-  const float* scales = in.scales + size_t(row) * in.group_stride;
+  const int8_t* operator[](int m) const {
+    return quad[m / 4] + (m % 4 == 3 ? thrice : m % 4 * stride);
+  }
+  void advance() {
+    BATON_EACH (int i = 0; i < kQuads; i++) {
+      quad[i] += 4;
+      asm("" : "+r"(quad[i]));  // or the compiler makes a pointer for each row
+    }
+  }
+};
+
+// sums[M][32] (+)= groups [begin, end) of a panel, whose bytes start at `w`. The registers are for the
+// integer sums of a group; totals that do not fit beside them are touched once a group.
+template <int kZero, int M>
+__attribute__((noinline)) void int_tile(const unsigned char* w, int group, int begin, int end,
+                                        const Input& in, int row, float* sums, Ask ask) {
+  V total[M][2];
+  BATON_EACH (int m = 0; m < M; m++)
+    BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
+  Rows<M> a(in, row, size_t(begin) * group);
+  const size_t first = size_t(row) * in.group_stride;
   for (int g = begin; g < end; g++) {
     const Half* scale = reinterpret_cast<const Half*>(w);
     ask.line<kNearness<M>>();
     w += kScaleBytes;
     I acc[M][2];
     BATON_EACH (int m = 0; m < M; m++)
-      acc[m][0] = acc[m][1] = splat(starts[size_t(m) * in.group_stride + g]);
-#pragma GCC unroll 8
+      acc[m][0] = acc[m][1] = splat(in.starts[first + size_t(m) * in.group_stride + g]);
     for (int k = 0; k < group; k += 4) {
       U low, high;
       if (kZero == 8) {
@@ -124,17 +143,17 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
         w += 128;
       }
       BATON_EACH (int m = 0; m < M; m++) {
-        const U four = splat_at(a[m] + k);
+        const U four = splat_at(a[m]);
         acc[m][0] = dot_int<kZero>(acc[m][0], low, four);
         acc[m][1] = dot_int<kZero>(acc[m][1], high, four);
       }
+      a.advance();
     }
     const V scale0 = widen(scale), scale1 = widen(scale + 16);
     BATON_EACH (int m = 0; m < M; m++) {
-      const V by = splat(scales[size_t(m) * in.group_stride + g]);
+      const V by = splat(in.scales[first + size_t(m) * in.group_stride + g]);
       total[m][0] = fma(__builtin_convertvector(acc[m][0], V), scale0 * by, total[m][0]);
       total[m][1] = fma(__builtin_convertvector(acc[m][1], V), scale1 * by, total[m][1]);
-      a[m] += group;
     }
   }
   BATON_EACH (int m = 0; m < M; m++)
@@ -142,14 +161,12 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
 }
 
 template <int M>
-__attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int end, const Input& in, int row,
-                      float* sums, Ask ask) {
+__attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int end,
+                                         const Input& in, int row, float* sums, Ask ask) {
   V total[M][2];
-  const int8_t* a[M];
-  BATON_EACH (int m = 0; m < M; m++) {
+  Rows<M> a(in, row, size_t(begin) * 4);
+  BATON_EACH (int m = 0; m < M; m++)
     BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
-    a[m] = in.codes + size_t(row + m) * in.code_stride;
-  }
 #pragma GCC unroll 4
   for (int pair = begin; pair < end; pair++) {
     const U w0 = load_as<U>(w), w1 = load_as<U>(w + 64);
@@ -157,10 +174,11 @@ __attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int 
     ask.line<kNearness<M>>();
     w += 128;
     BATON_EACH (int m = 0; m < M; m++) {
-      const U two = splat_at(a[m] + size_t(pair) * 4);
+      const U two = splat_at(a[m]);
       total[m][0] = dot_bf16(total[m][0], w0, two);
       total[m][1] = dot_bf16(total[m][1], w1, two);
     }
+    a.advance();
   }
   BATON_EACH (int m = 0; m < M; m++)
     BATON_EACH (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
