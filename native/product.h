@@ -13,12 +13,14 @@
 namespace baton {
 namespace {
 
-// Rows in one register tile: as many as the registers hold.
+// Rows in one register tile: as many as the registers hold. A tile for all rows at once may be higher:
+// it reads the weights only once, and that is worth more than the registers it lacks.
 #if defined(__AVX512F__)
-constexpr int kIntRows = 8, kBf16Rows = 12;
+constexpr int kIntRows = 8, kIntRowsAtOnce = 12, kBf16Rows = 12;
 #else
-constexpr int kIntRows = 2, kBf16Rows = 4;
+constexpr int kIntRows = 2, kIntRowsAtOnce = 2, kBf16Rows = 4;
 #endif
+constexpr int kTileRows = kIntRowsAtOnce > kBf16Rows ? kIntRowsAtOnce : kBf16Rows;
 constexpr int kBlockColumns = 1024;  // of a panel, so that a block stays in the nearest cache
 constexpr size_t kAhead = 8192;      // bytes that a stream of weights is asked for in advance
 
@@ -74,21 +76,17 @@ void prepare(const Matrix& w, const float* x, int begin, int end, const Input& i
 
 // --- packed panels -------------------------------------------------------------------------------
 
-// What will be read later is asked for at `at`, `step` bytes on for every line that is read now.
+// What will be read later is asked for at `at`, `step` bytes on for every line that is read now: into
+// the second cache, from where the processor itself brings it nearer.
 struct Ask {
   const unsigned char* at;
   size_t step;
 
-  template <int kNearness>
   void line() {
-    __builtin_prefetch(at, 0, kNearness);
+    __builtin_prefetch(at, 0, 2);
     at += step;
   }
 };
-// One row alone reads as fast as memory gives: into the nearest cache. With more rows a block is read
-// again and again, and the next one may wait in the second.
-template <int M>
-constexpr int kNearness = M == 1 ? 3 : 2;
 
 // Where the rows of a tile are read. Four share a pointer: the registers would not hold one for each.
 template <int M>
@@ -124,7 +122,7 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
   const size_t first = size_t(row) * in.group_stride;
   for (int g = begin; g < end; g++) {
     const Half* scale = reinterpret_cast<const Half*>(w);
-    ask.line<kNearness<M>>();
+    ask.line();
     w += kScaleBytes;
     I acc[M][2];
     BATON_EACH (int m = 0; m < M; m++)
@@ -134,12 +132,12 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
       if (kZero == 8) {
         const U both = load_as<U>(w);
         low = both & 0x0F0F0F0Fu, high = (both >> 4) & 0x0F0F0F0Fu;
-        ask.line<kNearness<M>>();
+        ask.line();
         w += 64;
       } else {
         low = load_as<U>(w), high = load_as<U>(w + 64);
-        ask.line<kNearness<M>>();
-        ask.line<kNearness<M>>();
+        ask.line();
+        ask.line();
         w += 128;
       }
       BATON_EACH (int m = 0; m < M; m++) {
@@ -170,8 +168,8 @@ __attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int 
 #pragma GCC unroll 4
   for (int pair = begin; pair < end; pair++) {
     const U w0 = load_as<U>(w), w1 = load_as<U>(w + 64);
-    ask.line<kNearness<M>>();
-    ask.line<kNearness<M>>();
+    ask.line();
+    ask.line();
     w += 128;
     BATON_EACH (int m = 0; m < M; m++) {
       const U two = splat_at(a[m]);
@@ -191,8 +189,10 @@ inline void tile_of(const Matrix& w, const unsigned char* at, int begin, int end
   if constexpr (M > 1) {
     if (rows < M) return tile_of<M - 1>(w, at, begin, end, in, row, rows, sums, ask);
   }
-  if (w.format == Format::kPackedBF16) return bf16_tile<M>(at, begin, end, in, row, sums, ask);
-  if constexpr (M <= kIntRows) {
+  if constexpr (M <= kBf16Rows) {
+    if (w.format == Format::kPackedBF16) return bf16_tile<M>(at, begin, end, in, row, sums, ask);
+  }
+  if constexpr (M <= kIntRowsAtOnce) {
     if (w.format == Format::kPackedInt4)
       int_tile<8, M>(at, w.group, begin, end, in, row, sums, ask);
     else
@@ -200,14 +200,21 @@ inline void tile_of(const Matrix& w, const unsigned char* at, int begin, int end
   }
 }
 
+// Rows of the tiles that `rows` rows are cut into.
+inline int tile_height(const Matrix& w, int rows) {
+  const bool bf16 = w.format == Format::kPackedBF16;
+  const int most = bf16 ? kBf16Rows : rows <= kIntRowsAtOnce ? kIntRowsAtOnce : kIntRows;
+  const int tiles = (rows + most - 1) / most;
+  return (rows + tiles - 1) / tiles;
+}
+
 // sums[rows][32]: one panel times all rows. A block of the panel stays in the cache for all rows, and
 // each tile asks for its share of the block behind it, so that memory is busy all the time.
 void packed_panel(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
-  const int widest = w.format == Format::kPackedBF16 ? kBf16Rows : kIntRows;
-  const int tiles = (rows + widest - 1) / widest, height = (rows + tiles - 1) / tiles;
+  const int height = tile_height(w, rows), tiles = (rows + height - 1) / height;
   const int width = w.format == Format::kPackedBF16 ? 2 : w.group, groups = w.groups();
   const int block = tiles == 1 ? groups : kBlockColumns / width;
-  const size_t step = tiles == 1 ? 64 : 64 / (tiles < 64 ? tiles : 64);
+  const size_t step = (64 + size_t(tiles) - 1) / size_t(tiles);
   const unsigned char* at = static_cast<const unsigned char*>(w.data) + size_t(panel) * w.panel_bytes();
   for (int begin = 0; begin < groups; begin += block) {
     const int end = begin + block < groups ? begin + block : groups;
@@ -215,7 +222,7 @@ void packed_panel(const Matrix& w, int panel, const Input& in, int rows, float* 
     for (int row = 0, tile = 0; row < rows; row += height, tile++) {
       const int count = rows - row < height ? rows - row : height;
       const Ask ask{at + (tiles == 1 ? kAhead : bytes + bytes * size_t(tile) / size_t(tiles)), step};
-      tile_of<kBf16Rows>(w, at, begin, end, in, row, count, sums + size_t(row) * 32, ask);
+      tile_of<kTileRows>(w, at, begin, end, in, row, count, sums + size_t(row) * 32, ask);
     }
     at += bytes;
   }
