@@ -29,8 +29,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from services.ops.certificates import read_certificate
 from services.ops.errors import ConfigError
-from services.ops.keys import CURVE_ROLES, ROLES, KeyFiles, name_of, read_certificate
+from services.ops.keys import CURVE_ROLES, ROLES, KeyFiles, name_of
 
 SERVERS = ("scheduler", "kv-store")  # only their certificates may be a server's
 HOSTS = ("localhost", "127.0.0.1")  # in every server's certificate

@@ -19,7 +19,7 @@ from services.kv_store.scrub import Scrub
 from services.kv_store.writeback import WriteBack
 from services.ops import config, lifecycle, log
 from services.ops.keys import load as load_keys
-from services.wire.rpc import Server
+from services.wire.server import Server
 
 SWEEP_S = 0.1
 WRITE_BACK_S = 0.05

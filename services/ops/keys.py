@@ -13,28 +13,16 @@ opens no connection and does not know what the roles may do.
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
-import zmq.auth
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-)
 
-from services.ops import log
 from services.ops.errors import ConfigError
 
 ROLES = ("scheduler", "kv-store", "prefill", "decode", "client")
 CURVE_ROLES = ("kv-store", "prefill", "decode")  # who has ZeroMQ sockets
-SOON = datetime.timedelta(days=7)  # before the end of a certificate's life it is warned of
 _DOMAIN = ".baton.internal"
-_logger = log.get("keys")
 
 
 def name_of(role: str) -> str:
@@ -112,97 +100,51 @@ def load(keys_dir: str, role: str) -> Keys | None:
     assert role in ROLES, f"no such role: {role}"
     if not keys_dir:
         return None
+    from services.ops import certificates  # only who has keys pays for importing cryptography
+
     files = KeyFiles(Path(keys_dir))
-    ca = _read(files.ca)
-    certificate = _read(files.certificate(role))
+    ca = read(files.ca)
+    certificate = read(files.certificate(role))
     key = _read_private(files.key(role))
-    _check_certificate(files, role, ca, certificate)
-    _check_key(files.key(role), key, certificate)
+    certificates.check(files, role, ca, certificate)
+    certificates.check_key(files.key(role), key, certificate)
     curve = _curve_pair(files, role) if role in CURVE_ROLES else None
     return Keys(role, files, ca, certificate, key, curve)
 
 
-def read_certificate(path: Path) -> x509.Certificate:
-    """Raises ConfigError when it cannot be read."""
-    return _certificate(path, _read(path))
-
-
-def _wrong(path: Path, reason: str) -> ConfigError:
+def wrong(path: Path, reason: str) -> ConfigError:
+    """The error for a file of keys that is not as it should be."""
     return ConfigError(f"keys_dir: {path}: {reason}")
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """Raises ConfigError when it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _wrong(path, (error.strerror or str(error)).lower()) from None
+        raise wrong(path, (error.strerror or str(error)).lower()) from None
 
 
 def _read_private(path: Path) -> bytes:
     """A private file's bytes. One that everybody can read is no secret, and refused."""
-    data = _read(path)
+    data = read(path)
     mode = path.stat().st_mode & 0o777
     if mode & 0o007:
-        raise _wrong(path, f"mode {mode:04o} lets everybody read this private key; chmod 600 it")
+        raise wrong(path, f"mode {mode:04o} lets everybody read this private key; chmod 600 it")
     return data
-
-
-def _certificate(path: Path, pem: bytes) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError:
-        raise _wrong(path, "is not a certificate in PEM") from None
-
-
-def _check_certificate(files: KeyFiles, role: str, ca_pem: bytes, pem: bytes) -> None:
-    """In its time, of this role, and issued by the authority."""
-    path, now = files.certificate(role), datetime.datetime.now(datetime.UTC)
-    ca, certificate = _certificate(files.ca, ca_pem), _certificate(path, pem)
-    for each, where in ((ca, files.ca), (certificate, path)):
-        if now >= each.not_valid_after_utc:
-            raise _wrong(where, f"expired at {each.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
-        if now < each.not_valid_before_utc:
-            raise _wrong(where, f"is valid from {each.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on")
-    try:
-        certificate.verify_directly_issued_by(ca)
-    except (InvalidSignature, ValueError, TypeError):
-        raise _wrong(path, f"was not issued by {files.ca}") from None
-    if name_of(role) not in dns_names(certificate):
-        raise _wrong(path, f"is not the certificate of a {role}: it lacks {name_of(role)}")
-    if certificate.not_valid_after_utc - now < SOON:
-        until = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
-        _logger.warning("certificate ends soon", file=str(path), until=until)
-
-
-def dns_names(certificate: x509.Certificate) -> list[str]:
-    """The host and role names a certificate is for, addresses not included."""
-    try:
-        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except x509.ExtensionNotFound:
-        return []
-    return list(extension.value.get_values_for_type(x509.DNSName))
-
-
-def _check_key(path: Path, pem: bytes, certificate_pem: bytes) -> None:
-    try:
-        key = load_pem_private_key(pem, None)
-    except (ValueError, TypeError):
-        raise _wrong(path, "is not an unencrypted private key in PEM") from None
-    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    certified = x509.load_pem_x509_certificate(certificate_pem).public_key()
-    if key.public_key().public_bytes(*form) != certified.public_bytes(*form):
-        raise _wrong(path, "does not belong to the certificate beside it")
 
 
 def _curve(path: Path) -> tuple[bytes, bytes | None]:
     """A CURVE file's public key and, if it holds one, its secret key."""
-    _read(path)  # says why when it cannot be
+    import zmq.auth
+
+    read(path)  # says why when it cannot be
     try:
         public, secret = zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
-        raise _wrong(path, f"is not a CURVE key: {error}") from None
+        raise wrong(path, f"is not a CURVE key: {error}") from None
     if not all(key is None or len(key) == 40 for key in (public, secret)):
-        raise _wrong(path, "is not a CURVE key: 40 characters of Z85 are expected")
+        raise wrong(path, "is not a CURVE key: 40 characters of Z85 are expected")
     return public, secret
 
 
@@ -212,7 +154,7 @@ def _curve_pair(files: KeyFiles, role: str) -> CurvePair:
     _read_private(path)
     public, secret = _curve(path)
     if secret is None or zmq.curve_public(secret) != public:
-        raise _wrong(path, "does not hold a CURVE pair")
+        raise wrong(path, "does not hold a CURVE pair")
     if _curve(files.curve(role))[0] != public:
-        raise _wrong(files.curve(role), f"is not the public key of {path}")
+        raise wrong(files.curve(role), f"is not the public key of {path}")
     return CurvePair(public, secret)

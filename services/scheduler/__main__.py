@@ -16,7 +16,7 @@ from services.scheduler.config import SchedulerConfig
 from services.scheduler.rpc import ClusterServicer, ControlServicer, InferenceServicer
 from services.scheduler.runtime import Scheduler
 from services.scheduler.stores import describe
-from services.wire.rpc import Server
+from services.wire.server import Server
 
 STORES_S = 30.0
 WORKERS, CLIENTS = frozenset({"prefill", "decode"}), frozenset({"client"})

@@ -11,7 +11,7 @@ from typing import Any
 from baton.v1 import cluster_pb2, store_pb2, store_pb2_grpc
 from services.scheduler.request import CallStore
 from services.scheduler.stores import Stores
-from services.wire.rpc import Server
+from services.wire.server import Server
 
 
 class Answering(store_pb2_grpc.KvStoreServicer):  # type: ignore[misc]

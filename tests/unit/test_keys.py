@@ -14,6 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from baton import cli
 from baton.keys import make
+from services.ops.certificates import read_certificate
 from services.ops.errors import ConfigError
 from services.ops.keys import (
     CURVE_ROLES,
@@ -21,7 +22,6 @@ from services.ops.keys import (
     KeyFiles,
     load,
     name_of,
-    read_certificate,
     role_of,
 )
 

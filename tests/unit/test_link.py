@@ -11,7 +11,7 @@ import pytest
 from baton.v1 import control_pb2, control_pb2_grpc
 from services.wire import link as link_module
 from services.wire.link import SchedulerLink
-from services.wire.rpc import Server
+from services.wire.server import Server
 
 EVENT = control_pb2.WorkerEvent(stopped=control_pb2.Stopped(request_id="r", epoch=1))
 

@@ -11,7 +11,7 @@ from baton.v1 import store_pb2, store_pb2_grpc
 from services.scheduler import stores as stores_module
 from services.scheduler.request import CallStore
 from services.scheduler.stores import Stores
-from services.wire.rpc import Server
+from services.wire.server import Server
 
 FINGERPRINT = "f" * 32
 
