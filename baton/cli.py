@@ -20,7 +20,7 @@ from google.protobuf.json_format import MessageToDict
 from baton import keys
 from baton.client import Client, ClientError, GenerateOptions, Unreachable
 from baton.cluster import ClusterSpec, default_run_dir
-from baton.handle import SupervisorHandle, read_state, stop_supervisor
+from baton.handle import SupervisorHandle, read_state, scale, stop_supervisor
 from baton.v1 import cluster_pb2, inference_pb2
 from services.ops import config, lifecycle, log
 from services.ops.errors import BatonError, ConfigError
@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     down.set_defaults(command=_down)
     down.add_argument("--json", action="store_true", help="print one JSON object")
     down.add_argument("--run-dir", default=default_run_dir(), help="(default: %(default)s)")
+    scaling = commands.add_parser("scale", help="run another number of decodes")
+    scaling.set_defaults(command=_scale)
+    scaling.add_argument("--decode", type=int, required=True, help="how many")
+    scaling.add_argument("--json", action="store_true", help="print the state as one JSON object")
+    scaling.add_argument("--run-dir", default=default_run_dir(), help="(default: %(default)s)")
     making = commands.add_parser("keys", help="make a cluster's keys", allow_abbrev=False)
     making.set_defaults(command=keys.command)
     keys.add_options(making)
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# --- up, down ------------------------------------------------------------------------------------
+# --- up, scale, down -------------------------------------------------------------------------------
 
 
 def _add_spec_options(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +134,13 @@ def _down(options: argparse.Namespace) -> int:
         print(json.dumps({"run_dir": options.run_dir, "was_running": state is not None}))
     elif state is None:
         print(f"no cluster in {options.run_dir}")
+    return 0
+
+
+def _scale(options: argparse.Namespace) -> int:
+    if options.decode < 1:
+        raise ConfigError(f"decode: {options.decode} is less than 1")
+    _show_up(scale(options.run_dir, options.decode), options.json)
     return 0
 
 

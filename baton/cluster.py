@@ -189,6 +189,11 @@ class ProcessSpec:
     unset: frozenset[str] = frozenset()
     spare: tuple[str, ...] = ()
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What `argv` has after `python -m module`."""
+        return self.argv[3:]
+
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         return {k: v for k, v in environ.items() if k not in self.unset} | dict(self.env)
 

@@ -24,6 +24,7 @@ from services.ops.errors import BatonError
 from services.ops.private import private_directory
 
 STATE_FILE = "supervisor.json"
+SCALE_FILE, SCALE_SIGNAL = "scale.json", signal.SIGUSR1  # what is asked for, and "look at it"
 START_S_MAX = 150.0  # the supervisor itself gives up after 120
 STOP_S_MAX = 30.0  # three groups of processes, each bounded by the supervisor
 _POLL_S = 0.005
@@ -114,6 +115,39 @@ def stop_supervisor(state: dict[str, Any], deadline_s: float = STOP_S_MAX) -> No
         os.kill(state["pid"], signal.SIGTERM)
     what = f"end of the supervisor, pid {state['pid']}"
     wait_until(functools.partial(_is_gone, state), deadline_s, what)
+
+
+def scale(run_dir: str | Path, decodes: int, deadline_s: float = START_S_MAX) -> dict[str, Any]:
+    """Has the supervisor of `run_dir` run so many decodes, and gives its state once they are ready.
+
+    Raises StartFailed when there is no supervisor, or none that runs decodes; TimeoutError.
+    """
+    assert decodes >= 1
+    state = read_state(run_dir)
+    if state is None or not _decodes(state):
+        raise StartFailed(f"no cluster with a decode in {run_dir}")
+    write_atomically(Path(run_dir) / SCALE_FILE, {"decode": decodes})
+    os.kill(state["pid"], SCALE_SIGNAL)
+
+    def done() -> bool:
+        nonlocal state
+        state = read_state(run_dir)
+        if state is None:
+            raise StartFailed(f"the cluster in {run_dir} has ended")
+        return [entry["ready"] for entry in _decodes(state)] == [True] * decodes
+
+    wait_until(done, deadline_s, f"{decodes} decodes, see {Path(run_dir) / 'logs'}")
+    assert state is not None
+    return state
+
+
+def _decodes(state: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in state["processes"] if entry["role"] == "decode"]
+
+
+def wanted_decodes(run_dir: Path) -> int:
+    """What `scale` has asked for last."""
+    return int(json.loads((run_dir / SCALE_FILE).read_text())["decode"])
 
 
 class SupervisorHandle(Closing):

@@ -25,18 +25,22 @@ from typing import Any, BinaryIO
 
 from baton.cluster import ClusterSpec, ProcessSpec, processes
 from baton.handle import (
+    SCALE_FILE,
+    SCALE_SIGNAL,
     STATE_FILE,
     StartFailed,
     SupervisorHandle,
     end_leftovers,
     start_time,
     tail,
+    wanted_decodes,
     write_atomically,
 )
 from services.engine.weights.names import AS_IS
 from services.ops import config, lifecycle, log
 from services.ops.errors import ConfigError
 from services.ops.private import private_directory
+from services.ops.spare import wake_line
 
 __all__ = ["Child", "RestartPolicy", "Supervisor", "SupervisorHandle", "main", "supervise"]
 
@@ -100,6 +104,7 @@ class Child:
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _spare: asyncio.subprocess.Process | None = None
     _keeping: asyncio.Task[None] | None = None  # starts the spare
+    _lender: Child | None = None  # whose spare its first life was
 
     @property
     def pid(self) -> int | None:
@@ -129,6 +134,12 @@ class Child:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
 
+    def borrow(self, other: Child) -> None:
+        """Takes another's spare for its first life, if it keeps any itself; the other gets a new one."""
+        assert self._process is None, "it lives already"
+        if self.spec.spare and other._spare is not None and self._spare is None:
+            self._spare, other._spare, self._lender = other._spare, None, other
+
     async def _live(self) -> int:
         """One life of the process; gives its exit status, negative for a signal."""
         with self.log_file.open("ab") as errors:
@@ -150,8 +161,9 @@ class Child:
                 self.facts = json.loads(line.removeprefix(b"READY "))
                 self.ready.set()
                 self.changed()
-                if self._keeping is None or self._keeping.done():
-                    self._keeping = asyncio.create_task(self._keep_spare())
+                self._keep()
+                if self._lender is not None:
+                    self._lender._keep()
 
     def _wake_spare(self) -> asyncio.subprocess.Process | None:
         """The spare, told to go to work; None if there is none or it is dead."""
@@ -159,9 +171,13 @@ class Child:
         if spare is None or spare.returncode is not None:
             return None
         assert spare.stdin is not None
-        spare.stdin.write(b"\n")
+        spare.stdin.write(wake_line(self.spec.options, self.spec.env, self.log_file))
         spare.stdin.close()
         return spare
+
+    def _keep(self) -> None:
+        if self._keeping is None or self._keeping.done():
+            self._keeping = asyncio.create_task(self._keep_spare())
 
     async def _keep_spare(self) -> None:
         """Starts a spare, now that the process is ready and does not need the core for its own start."""
@@ -204,28 +220,69 @@ class Supervisor:
         self.spec, self._plan = spec, plan
         self.address = spec.listen if "scheduler" in spec.roles else ""
         self._ready = False
-        logs = spec.path / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        self.children = [
-            Child(process, logs / f"{process.name}.log", self._on_change) for process in plan(spec)
-        ]
+        (spec.path / "logs").mkdir(parents=True, exist_ok=True)
+        self.children = [self._child(process) for process in plan(spec)]
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # in `Child.run`, by name
+        self.asked = asyncio.Event()  # another number of workers is wanted: see `handle.scale`
+
+    def _child(self, process: ProcessSpec) -> Child:
+        return Child(process, self.spec.path / "logs" / f"{process.name}.log", self._on_change)
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[dict[str, Any]], None]) -> None:
         """Runs the cluster until `stop` is set; always leaves no process behind."""
-        tasks = [asyncio.create_task(child.run()) for child in self.children]
+        self._tasks = {c.spec.name: asyncio.create_task(c.run()) for c in self.children}
         stopped = asyncio.create_task(stop.wait())
         try:
-            await self._until_ready([*tasks, stopped])
+            await self._until_ready([*self._tasks.values(), stopped])
             if not stop.is_set():
                 self._ready = True
                 self._on_change()
                 on_ready(self.state())
-            done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            while not stop.is_set():
+                await self._until_something(stopped)
         finally:
             stopped.cancel()
-            await self._shut_down(tasks)
+            await self._shut_down()
+
+    async def _until_something(self, stopped: asyncio.Task[Any]) -> None:
+        """Returns after the stop signal or a change of scale; raises what a child raised."""
+        asked = asyncio.create_task(self.asked.wait())
+        done, _ = await asyncio.wait(
+            [asked, stopped, *self._tasks.values()], return_when=asyncio.FIRST_COMPLETED
+        )
+        asked.cancel()
+        for task in done - {asked}:
+            task.result()
+        if self.asked.is_set():
+            self.asked.clear()
+            await self._scale()
+
+    async def _scale(self) -> None:
+        """Starts the decodes that are missing, from spares while there are any, and ends what is more
+        than was asked for. The streams of those are taken over as after a death."""
+        self.spec = dataclasses.replace(self.spec, decode=wanted_decodes(self.spec.path))
+        planned = {p.name: p for p in self._plan(self.spec) if p.role == "decode"}
+        present = {c.spec.name: c for c in self.children if c.spec.role == "decode"}
+        for name in planned.keys() - present.keys():
+            child = self._child(planned[name])
+            for lender in present.values():
+                child.borrow(lender)
+            self.children.append(child)
+            self._tasks[name] = asyncio.create_task(self._run_added(child))
+        for name in present.keys() - planned.keys():
+            self.children.remove(present[name])
+            await present[name].stop(self._tasks.pop(name))
+        self._on_change()
+
+    async def _run_added(self, child: Child) -> None:
+        """A worker that cannot be added leaves the others alone."""
+        try:
+            await child.run()
+        except StartFailed as error:
+            _logger.error("not added", name=child.spec.name, reason=str(error))
+            self.children.remove(child)
+            del self._tasks[child.spec.name]
+            self._on_change()
 
     async def _until_ready(self, endings: Sequence[asyncio.Task[Any]]) -> None:
         """Returns when all are ready or one of `endings` is done; raises what that raised."""
@@ -246,17 +303,16 @@ class Supervisor:
         for child in self.children:
             await child.ready.wait()
 
-    async def _shut_down(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+    async def _shut_down(self) -> None:
         """Workers first, so that they can still report; the stores, which others need, last."""
-        pairs = list(zip(self.children, tasks, strict=True))
         for roles in STOP_ORDER:
-            group = [(child, task) for child, task in pairs if child.spec.role in roles]
-            await asyncio.gather(*(child.stop(task) for child, task in group))
+            group = [child for child in self.children if child.spec.role in roles]
+            await asyncio.gather(*(c.stop(self._tasks[c.spec.name]) for c in group))
         assert all(child.pid is None for child in self.children)
         removed = self.spec.stores if "kv-store" in self.spec.roles else 0
         for store in range(removed if "shm" not in self.spec.unsafe else 0):
             shutil.rmtree(self.spec.arena_dir(store), ignore_errors=True)
-        for pattern in ("*.sock", "*.alive", STATE_FILE):
+        for pattern in ("*.sock", "*.alive", STATE_FILE, SCALE_FILE):
             for path in self.spec.path.glob(pattern):
                 path.unlink(missing_ok=True)
 
@@ -363,7 +419,9 @@ async def supervise(
         if stop_on_eof:
             _stop_on_eof(stop)
         await asyncio.to_thread(pack_weights, spec)
-        await Supervisor(with_prefill_class(spec)).run(stop, on_ready)
+        supervisor = Supervisor(with_prefill_class(spec))
+        asyncio.get_running_loop().add_signal_handler(SCALE_SIGNAL, supervisor.asked.set)
+        await supervisor.run(stop, on_ready)
 
 
 def _announce(state: dict[str, Any]) -> None:

@@ -67,6 +67,16 @@ def test_down_without_a_cluster_is_no_error(
     assert json.loads(capsys.readouterr().out)["was_running"] is False
 
 
+def test_scale_needs_a_cluster_and_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing to scale, and no decode at all, are refused."""
+    assert cli.main(["scale", "--decode=2", "--run-dir", str(tmp_path)]) == 1
+    assert "no cluster" in capsys.readouterr().err
+    assert cli.main(["scale", "--decode=0", "--run-dir", str(tmp_path)]) == 1
+    assert "decode: 0" in capsys.readouterr().err
+
+
 def test_a_bad_option_of_up_names_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from services.ops.spare import wake_line
+
 pytestmark = pytest.mark.processes
 
 WORKER = """
-import sys
+import os, sys
 from pathlib import Path
 def prepare(): Path(sys.argv[1]).write_text("prepared")
 def main():
-    Path(sys.argv[1]).write_text("at work")
+    Path(sys.argv[1]).write_text(f"at work as {os.environ['BATON_NAME']}")
+    print("trouble", file=sys.stderr)
     return 7
 """
 
@@ -32,10 +35,13 @@ def spare(tmp_path: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_line_makes_it_the_process(spare: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    """It runs the module's main with its options, and ends with its status."""
-    spare.communicate(b"\n", timeout=60)
+    """It runs the module's main as the process that the line describes, and ends with its status."""
+    other, errors = tmp_path / "other", tmp_path / "errors"
+    spare.communicate(wake_line([str(other)], {"BATON_NAME": "b"}, errors), timeout=60)
     assert spare.returncode == 7
-    assert (tmp_path / "done").read_text() == "at work"
+    assert (tmp_path / "done").read_text() == "prepared"
+    assert other.read_text() == "at work as b"
+    assert errors.read_text() == "trouble\n"
 
 
 def test_it_ends_with_whoever_kept_it(spare: subprocess.Popen[bytes], tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,24 +176,29 @@ def plan(spec: ClusterSpec) -> list[ProcessSpec]:
     return [process("scheduler", LIVE % port, "scheduler"), process("decode-0")]
 
 
-def both(first: Callable[[], None], second: Callable[[], None]) -> None:
-    first()
-    second()
+class Watched(Supervisor):
+    """Tells `watch` of each change."""
+
+    def __init__(self, spec: ClusterSpec, plan: Any) -> None:
+        self.watch = Watch()
+        super().__init__(spec, plan)
+
+    def _on_change(self) -> None:
+        super()._on_change()
+        self.watch()
 
 
 async def supervised(
     spec: ClusterSpec, body: Callable[[Supervisor, Watch], Any], plan: Any = plan
 ) -> Supervisor:
     """Runs a supervisor, does `body` once it is ready, stops it."""
-    supervisor, stop, watch = Supervisor(spec, plan), asyncio.Event(), Watch()
-    for child in supervisor.children:
-        child.changed = partial(both, child.changed, watch)
+    supervisor, stop = Watched(spec, plan), asyncio.Event()
     ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     running = asyncio.create_task(supervisor.run(stop, ready.set_result))
     try:
         await asyncio.wait([ready, running], timeout=20, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            await body(supervisor, watch)
+            await body(supervisor, supervisor.watch)
     finally:
         stop.set()
         await running
@@ -248,6 +252,69 @@ def test_a_process_that_gives_up_at_the_start_ends_the_cluster(tmp_path: Path) -
     spec = ClusterSpec(run_dir=str(tmp_path))
     with pytest.raises(StartFailed, match=r"decode-1 ended with status 2:\nno such model"):
         asyncio.run(supervised(spec, body, broken))
+
+
+# --- another number of decodes -------------------------------------------------------------------
+
+
+def many(spec: ClusterSpec) -> list[ProcessSpec]:
+    """A scheduler, and as many decodes with spares as are wanted; the fourth is a broken one."""
+    good = [with_spare(f"decode-{n}") for n in range(min(spec.decode, 3))]
+    bad = [process("decode-3", CRASH)] if spec.decode > 3 else []
+    return [process("scheduler", LIVE % 7, "scheduler"), *good, *bad]
+
+
+async def ask(supervisor: Supervisor, watch: Watch, decodes: int) -> list[str]:
+    """Has it run so many; gives the names of those it runs once all are ready."""
+    (supervisor.spec.path / "scale.json").write_text(json.dumps({"decode": decodes}))
+    supervisor.asked.set()
+    children = supervisor.children
+    await watch.until(
+        lambda: not supervisor.asked.is_set() and all(child.ready.is_set() for child in children)
+    )
+    return [child.spec.name for child in children if child.spec.role == "decode"]
+
+
+def test_another_decode_comes_from_a_spare(tmp_path: Path) -> None:
+    """The spare of one that runs becomes the new one; then both have a spare."""
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        first = supervisor.children[1]
+        waiting = await spare_of(first)
+        assert await ask(supervisor, watch, 2) == ["decode-0", "decode-1"]
+        second = supervisor.children[2]
+        assert second.pid == waiting
+        assert waiting not in (await spare_of(first), await spare_of(second))
+
+    asyncio.run(supervised(ClusterSpec(run_dir=str(tmp_path), decode=1), body, many))
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_decodes_that_are_too_many_end(tmp_path: Path) -> None:
+    """The last ones go, and their spares with them; the others live on."""
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        pids = [child.pid for child in supervisor.children]
+        leaving = supervisor.children[3]
+        spare = await spare_of(leaving)
+        ending = supervisor._tasks["decode-2"]
+        assert await ask(supervisor, watch, 2) == ["decode-0", "decode-1"]
+        assert [child.pid for child in supervisor.children] == pids[:3]
+        await asyncio.wait_for(ending, 20)
+        assert (leaving.pid, start_time(spare)) == (None, None)
+
+    asyncio.run(supervised(ClusterSpec(run_dir=str(tmp_path), decode=3), body, many))
+
+
+def test_a_decode_that_cannot_be_added_leaves_the_others_alone(tmp_path: Path) -> None:
+    """It is not there, the cluster is."""
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        pids = [child.pid for child in supervisor.children]
+        assert await ask(supervisor, watch, 4) == ["decode-0", "decode-1", "decode-2"]
+        assert [child.pid for child in supervisor.children] == pids
+
+    asyncio.run(supervised(ClusterSpec(run_dir=str(tmp_path), decode=3), body, many))
 
 
 def test_one_supervisor_per_run_dir(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """How soon a worker is there: on a host that has nothing yet, beside one that has, and after a death.
 
 Real clusters. Cold: from the start of `baton up` with an empty cache of packed weights until a client
-has its first token. Second: from the start of another decode process, beside the first, until it is
-ready, weights attached and registered. Restart: a stream is decoded by the only decode, which is killed
-with SIGKILL; until its client has the next token.
+has its first token. Second: from the request for another decode, as of `baton scale`, until it is ready,
+weights attached and registered; it comes from a spare. Alone: the same of a process that is started
+without one, as on a host with a supervisor of its own. Restart: a stream is decoded by the only decode,
+which is killed with SIGKILL; until its client has the next token. Each after some seconds of quiet, in
+which spares get ready and no death counts as one of a series.
 """
 
 from __future__ import annotations
@@ -23,18 +25,18 @@ from baton.bench.kv.actors import START_S_MAX, ActorFailed, child
 from baton.chaos.judge import stall_s
 from baton.client import Client
 from baton.cluster import ClusterSpec, ProcessSpec, default_model, processes
-from baton.handle import SupervisorHandle, tail, wait_until
+from baton.handle import SupervisorHandle, scale, tail, wait_until
 from baton.v1 import cluster_pb2
 
 SECOND_OVER_COLD_MAX, BACK_S_MAX = 0.1, 0.5
 PROMPT, TOKENS, KILL_AT = 256, 200, 12
-KILLS, COLD_START_S_MAX = 5, 600.0
+KILLS, COLD_START_S_MAX, QUIET_S = 5, 600.0, 3.0
 ARENA_BYTES = 512 << 20
 
 
 def measure(model: Path, cell: Cell, rounds: int) -> dict[str, Any]:
     """Seconds of each kind, one of each in a round."""
-    found: dict[str, list[float]] = {"cold": [], "warm": [], "second": [], "back": []}
+    found = {name: list[float]() for name in ("cold", "warm", "second", "alone", "back")}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(prefix="br-", dir="/tmp") as scratch:
             root = Path(scratch)
@@ -42,7 +44,8 @@ def measure(model: Path, cell: Cell, rounds: int) -> dict[str, Any]:
             seconds, cluster = _up(cold)
             with cluster:
                 found["cold"].append(seconds)
-                found["second"].append(_second(cold))
+                found["second"].append(_second(cluster))
+                found["alone"].append(_alone(cold))
                 found["back"] += _kills(cluster)
             again = dataclasses.replace(cold, run_dir=str(root / "warm"))
             seconds, cluster = _up(again)
@@ -95,8 +98,18 @@ def _up(spec: ClusterSpec) -> tuple[float, SupervisorHandle]:
     raise ActorFailed("no token came")
 
 
-def _second(spec: ClusterSpec) -> float:
-    """Another decode on the same host, ended once it is ready."""
+def _second(cluster: SupervisorHandle) -> float:
+    """Another decode of the cluster, ended once it is ready."""
+    time.sleep(QUIET_S)
+    start = time.monotonic()
+    scale(cluster.spec.path, 2)
+    seconds = time.monotonic() - start
+    scale(cluster.spec.path, 1)
+    return seconds
+
+
+def _alone(spec: ClusterSpec) -> float:
+    """A decode process on the same host, ended once it is ready."""
     other = next(p for p in processes(dataclasses.replace(spec, decode=2)) if p.name == "decode-1")
     log = spec.path / "second.log"
     start = time.monotonic()
@@ -126,6 +139,7 @@ def _kills(cluster: SupervisorHandle) -> list[float]:
     with Client(cluster.address) as client:
         for _ in range(KILLS):
             wait_until(lambda: _ready(client), START_S_MAX, "the decode")
+            time.sleep(QUIET_S)
             gap = _kill_once(cluster, client)
             found += [] if gap is None else [gap]
     return found
