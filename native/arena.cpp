@@ -57,21 +57,51 @@ ptrdiff_t Pages::land(const uint32_t* pages, size_t count, const Pieces& from, s
                       const uint32_t* row_crcs, const uint32_t* seeds, size_t rows, int group) const {
   size_t piece = 0, at = skip_bytes;
   for (size_t i = 0; i < count; i++) {
-    unsigned char* to = payload(pages[i]);
-    for (size_t left = g_.page_bytes; left > 0;) {
-      while (at >= from.bytes[piece]) at -= from.bytes[piece++];
-      const size_t some = std::min(left, from.bytes[piece] - at);
-      std::memcpy(to, from.data[piece] + at, some);
-      to += some, at += some, left -= some;
-    }
-    std::memcpy(header(pages[i])->row_crc, row_crcs + i * kPageTokens, sizeof(PageHeader::row_crc));
     const size_t first = i * kPageTokens;
-    if (rows <= first) continue;
-    const int some = int(std::min<size_t>(kPageTokens, rows - first));
-    const ptrdiff_t bad = verify_page(pages[i], seeds + first, some, group);
+    const int some = rows > first ? int(std::min<size_t>(kPageTokens, rows - first)) : 0;
+    const uint32_t* crcs = row_crcs + first;
+    std::memcpy(header(pages[i])->row_crc, crcs, sizeof(PageHeader::row_crc));
+    while (at >= from.bytes[piece]) at -= from.bytes[piece++];
+    ptrdiff_t bad = -1;
+    if (from.bytes[piece] - at >= g_.page_bytes) {
+      bad = copy_page(from.data[piece] + at, pages[i], crcs, seeds + first, some, group);
+      at += g_.page_bytes;
+    } else {
+      gather_page(from, &piece, &at, pages[i]);
+      if (some) bad = verify_page(pages[i], seeds + first, some, group);
+    }
     if (bad >= 0) return ptrdiff_t(first) + bad;
   }
   return -1;
+}
+
+// Copies a page and looks at its first `rows` rows on the way. The first that is not what `row_crcs`
+// says, or -1.
+ptrdiff_t Pages::copy_page(const unsigned char* from, uint32_t page, const uint32_t* row_crcs,
+                           const uint32_t* seeds, int rows, int group) const {
+  uint32_t crcs[kPageTokens];
+  for (int i = 0; i < rows; i++) crcs[i] = group_seed(seeds[i], group);
+  unsigned char *to = payload(page), *end = to + g_.page_bytes;
+  const size_t looked_at = size_t(rows) * g_.row_bytes();
+  for (int piece = g_.layers_in(group) * 2 * g_.kv_heads; piece > 0 && rows > 0; piece--) {
+    crc32c_copy(from, to, rows, g_.row_bytes(), crcs);
+    std::memcpy(to + looked_at, from + looked_at, g_.head_bytes() - looked_at);
+    from += g_.head_bytes(), to += g_.head_bytes();
+  }
+  std::memcpy(to, from, size_t(end - to));
+  const ptrdiff_t bad = std::mismatch(crcs, crcs + rows, row_crcs).first - crcs;
+  return bad < rows ? bad : -1;
+}
+
+// A page that is spread over several pieces.
+void Pages::gather_page(const Pieces& from, size_t* piece, size_t* at, uint32_t page) const {
+  unsigned char* to = payload(page);
+  for (size_t left = g_.page_bytes; left > 0;) {
+    while (*at >= from.bytes[*piece]) *at -= from.bytes[(*piece)++];
+    const size_t some = std::min(left, from.bytes[*piece] - *at);
+    std::memcpy(to, from.data[*piece] + *at, some);
+    to += some, *at += some, left -= some;
+  }
 }
 
 ptrdiff_t Pages::verify_page(uint32_t page, const uint32_t* seeds, int rows, int group) const {

@@ -79,8 +79,8 @@ class Pages {
   // The first index whose stored checksum differs, or -1.
   ptrdiff_t verify_rows(const Rows& rows, int group) const;
   void copy_rows(uint32_t from, uint32_t to, int rows, int group) const;
-  // Whole pages and their row checksums from another arena, `bytes` into `pieces`; a page is verified
-  // while it is in the cache. `seeds` are of the rows to verify, from the first page's first one on.
+  // Whole pages and their row checksums from another arena, `bytes` into `pieces`; rows are verified as
+  // they are copied. `seeds` are of the rows to verify, from the first page's first one on.
   // The first that differs, or -1; pages after that one's are not copied.
   struct Pieces {
     const unsigned char* const* data;
@@ -93,6 +93,9 @@ class Pages {
   uint32_t seal_checksum(uint32_t page, int rows) const;
 
  private:
+  ptrdiff_t copy_page(const unsigned char* from, uint32_t page, const uint32_t* row_crcs,
+                      const uint32_t* seeds, int rows, int group) const;
+  void gather_page(const Pieces& from, size_t* piece, size_t* at, uint32_t page) const;
   ptrdiff_t verify_page(uint32_t page, const uint32_t* seeds, int rows, int group) const;
   void row_crcs(const Rows& rows, ptrdiff_t begin, int count, int group, uint32_t* crcs) const;
 

@@ -5,6 +5,8 @@
 
 #if defined(__aarch64__)
 #include <arm_acle.h>
+#elif defined(__x86_64__)
+#include <emmintrin.h>
 #endif
 
 namespace baton {
@@ -82,6 +84,26 @@ BATON_CRC void lanes(const unsigned char* const* at, size_t n, uint32_t* crcs) {
   for (int i = 0; i < kLanes; i++) crcs[i] = one(at[i] + done, n - done, uint32_t(crc[i]));
 }
 
+// Whole lines to a place that begins one are written without reading them first.
+void copy_past_cache(const unsigned char* from, unsigned char* to, size_t n) {
+#if defined(__x86_64__)
+  if (reinterpret_cast<uintptr_t>(to) % kLine == 0) {
+    for (; n >= kLine; from += kLine, to += kLine, n -= kLine)
+      for (size_t i = 0; i < kLine; i += sizeof(__m128i))
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  }
+#endif
+  std::memcpy(to, from, n);
+}
+
+// What has been copied past the cache is seen by others before what is stored after this.
+void finish_copies() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // A long buffer is cut into pieces that lie side by side. What comes before a piece counts as if
 // `kPiece` zero bytes followed it, which is linear in its checksum: four tables, one for each byte.
 constexpr size_t kPiece = 4096;
@@ -128,6 +150,23 @@ void crc32c_each(const unsigned char* const* at, int count, size_t size, uint32_
     for (; i + kLanes <= count; i += kLanes) lanes(at + i, size, crcs + i);
   for (; i < count; i++) crcs[i] = (hardware ? one : portable)(at[i], size, crcs[i]);
   for (i = 0; i < count; i++) crcs[i] = ~crcs[i];
+}
+
+void crc32c_copy(const unsigned char* from, unsigned char* to, int count, size_t size,
+                 uint32_t* crcs) {
+  for (int i = 0; i < count; i++) crcs[i] = ~crcs[i];
+  int i = 0;
+  if (hardware)
+    for (; i + kLanes <= count; i += kLanes, from += kLanes * size, to += kLanes * size) {
+      copy_past_cache(from, to, kLanes * size);
+      const unsigned char* at[kLanes];
+      for (int lane = 0; lane < kLanes; lane++) at[lane] = from + lane * size;
+      lanes(at, size, crcs + i);
+    }
+  copy_past_cache(from, to, (count - i) * size);
+  for (; i < count; i++, from += size) crcs[i] = (hardware ? one : portable)(from, size, crcs[i]);
+  for (i = 0; i < count; i++) crcs[i] = ~crcs[i];
+  finish_copies();
 }
 
 }  // namespace baton
