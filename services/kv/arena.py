@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +77,15 @@ class ArenaPlan:
     one_class: bool = True  # prefill and decode compute the same bits
     headers_offset: int = SUPERBLOCK_BYTES
 
-    @property
+    @cached_property
     def pages(self) -> int:
         return self.blocks * self.layout.groups
 
-    @property
+    @cached_property
     def records_offset(self) -> int:
         return self.headers_offset + _align(self.pages * HEADER.itemsize, 4096)
 
-    @property
+    @cached_property
     def pages_offset(self) -> int:
         return self.records_offset + _align(self.streams * self.record_bytes, 4096)
 
@@ -203,6 +204,7 @@ class Arena:
         self.headers: NDArray[np.void] = np.ndarray(
             (plan.pages,), HEADER, self._map, plan.headers_offset
         )
+        self.row_crcs: NDArray[np.uint32] = self.headers["row_crc"]
         # Only the kv-store may write these.
         self.own_headers: NDArray[np.void] = np.ndarray(
             (plan.pages,), OWN, self._map, plan.headers_offset, (HEADER.itemsize,)

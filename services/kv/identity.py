@@ -89,3 +89,7 @@ class RowIdentity:
     def key(self, block: int) -> bytes:
         """The key of a complete block."""
         return self.parents[block + 1]
+
+    def keys(self, begin: int, end: int) -> bytes:
+        """The keys of the complete blocks [begin, end), one behind the other."""
+        return b"".join(self.parents[begin + 1 : end + 1])

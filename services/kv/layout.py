@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class KvLayout:
         if not 1 <= self.layers_per_group <= self.layers:
             raise ValueError(f"layers_per_group: {self.layers_per_group} of {self.layers} layers")
 
-    @property
+    @cached_property
     def groups(self) -> int:
         return -(-self.layers // self.layers_per_group)
 
@@ -60,7 +61,7 @@ class KvLayout:
     def page_shape(self) -> tuple[int, int, int, int, int]:
         return (self.layers_per_group, 2, self.kv_heads, PAGE_TOKENS, self.head_dim)
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         return math.prod(self.page_shape) * self.dtype.itemsize
 

@@ -139,14 +139,23 @@ class StreamRecord:
 
     def plan(self) -> NDArray[np.void]:
         """The valid plan, as `plan_dtype`; a view that a later `write_plan` but one overwrites."""
-        plan: NDArray[np.void] = self._view["plans"][self._words.load(_PLAN) & 1, ...]
-        return plan
+        return self._plans[self._words.load(_PLAN) & 1]
+
+    @cached_property
+    def _plans(self) -> tuple[NDArray[np.void], NDArray[np.void]]:
+        plans = self._view["plans"]
+        return plans[0, ...], plans[1, ...]
+
+    @cached_property
+    def _prefill_tables(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        even, odd = self._plans
+        return even["prefill_table"], odd["prefill_table"]
 
     def write_plan(self, **fields: object) -> None:
         """Changes fields of the plan in one step: whoever reads, even after a crash, sees the old one
         or the new one. Tables may be shorter than the room for them."""
         following = (self._words.load(_PLAN) + 1) & 1
-        plan = self._view["plans"][following, ...]
+        plan = self._plans[following]
         plan[...] = self.plan()
         for name, value in fields.items():
             if isinstance(value, list):
@@ -179,7 +188,7 @@ class StreamRecord:
 
     @property
     def prefill_table(self) -> NDArray[np.uint32]:
-        return self.plan()["prefill_table"]  # type: ignore[no-any-return]
+        return self._prefill_tables[self._words.load(_PLAN) & 1]
 
     @property
     def decode_table(self) -> NDArray[np.uint32]:

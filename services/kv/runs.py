@@ -18,13 +18,13 @@ ROW_SUMS_BYTES = PAGE_TOKENS * 4  # of one page
 def runs(blocks: Sequence[int] | NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
     """Neighbouring blocks as (first, count): one run is one contiguous piece of the arena."""
     start = length = -1
-    for block in blocks:
+    for block in np.asarray(blocks).tolist():
         if block == start + length:
             length += 1
             continue
         if length > 0:
             yield start, length
-        start, length = int(block), 1
+        start, length = block, 1
     if length > 0:
         yield start, length
 
@@ -32,8 +32,7 @@ def runs(blocks: Sequence[int] | NDArray[np.uint32]) -> Iterator[tuple[int, int]
 def read_pages(arena: Arena, group: int, blocks: NDArray[np.uint32]) -> list[memoryview]:
     """Row checksums and runs of whole pages, as `Landing.pages` takes them. The runs are the arena's
     own memory; the caller sees to it that nobody writes them."""
-    pages = blocks + np.uint32(group * arena.plan.blocks)
-    sums = memoryview(arena.headers["row_crc"][pages].tobytes())
+    sums = memoryview(arena.row_crcs[blocks + np.uint32(group * arena.plan.blocks)].tobytes())
     return [sums, *(arena.run(group, first, count) for first, count in runs(blocks))]
 
 

@@ -39,6 +39,7 @@ class Landing:
 
     def __init__(self, arena: Arena, *, verify: bool = True) -> None:
         self._arena, self._verify = arena, verify
+        self._records: dict[int, StreamRecord] = {}  # by slot: places, whoever is in them
         self._identities: dict[int, tuple[int, RowIdentity]] = {}  # slot -> (generation, identity)
         self.repeated = 0  # messages that had come before
         self.damaged = 0  # messages whose rows failed their checksums
@@ -47,7 +48,9 @@ class Landing:
         """The record that this attempt may fill. Raises LayoutMismatch, StaleEpoch."""
         if slot >= self._arena.plan.streams:
             raise LayoutMismatch(f"slot: {slot} is outside this arena")
-        record = StreamRecord(self._arena, slot)
+        record = self._records.get(slot)
+        if record is None:
+            record = self._records[slot] = StreamRecord(self._arena, slot)
         owner = record.first()[0]
         if owner != attempt:
             raise StaleEpoch(f"attempt: {attempt} does not own slot {slot}, {owner} does")
@@ -78,9 +81,8 @@ class Landing:
             self.damaged += 1
             words = f"block {bad}, layer group {group}: not what its checksums say"
             raise NotTaken(Code.CORRUPT, group, have, words, bad)
-        whole = range(have // PAGE_TOKENS, tokens // PAGE_TOKENS)
-        keys = b"".join(identity.key(block) for block in whole)
-        self._arena.native.seal_blocks(table[whole.start : whole.stop], group, keys)
+        begin, end = have // PAGE_TOKENS, tokens // PAGE_TOKENS
+        self._arena.native.seal_blocks(table[begin:end], group, identity.keys(begin, end))
         if not record.set_ready(group, attempt, tokens):
             raise StaleEpoch(f"attempt: {attempt} has been fenced")
 

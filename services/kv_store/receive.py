@@ -44,6 +44,7 @@ from services.wire.stream import (
     Status,
     Welcome,
     ids,
+    number,
     pack,
     unpack,
 )
@@ -134,8 +135,7 @@ class Receiver:
     def _answer(
         self, peer: bytes, asked: Message, answer: Message, frames: Sequence[Buffer] = ()
     ) -> Tracker | None:
-        object.__setattr__(answer, "session", asked.session)
-        object.__setattr__(answer, "sequence", asked.sequence)
+        number(answer, asked.session, asked.sequence)
         return self._reply(peer, [pack(answer), *frames])
 
     def _take(self, peer: bytes, message: Message, frames: Sequence[memoryview]) -> None:

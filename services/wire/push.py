@@ -164,7 +164,12 @@ class Push(Exchange):
 
     def _overtaken(self, answered: int) -> bool:
         """Answers come in order: an older message without one is lost, or its answer is."""
-        return any(n < answered and not self._patient(s.request) for n, s in self.inflight.items())
+        for sequence, sent in self.inflight.items():
+            if sequence > answered:
+                return False
+            if not self._patient(sent.request):
+                return True
+        return False
 
     def _patient(self, request: Request) -> bool:
         """Whether an answer may come later than those of later messages."""

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from services.kv.arena import ArenaPlan
 from services.ops.errors import BatonError, CorruptKv, LayoutMismatch, StaleEpoch, Unavailable
-from services.wire.stream import Code, Hello, Message, Refused, Welcome
+from services.wire.stream import Code, Hello, Message, Refused, Welcome, number
 
 Buffer = bytes | memoryview
 SILENCE_S = 0.9  # a peer that owes an answer and says nothing for this long is not there
@@ -248,8 +248,7 @@ class Session:
             if request is None:
                 return
             sequence = next(self._numbers)
-            message = dataclasses.replace(request.message, session=self.number, sequence=sequence)
-            request = dataclasses.replace(request, message=message)
+            number(request.message, self.number, sequence)
             exchange.inflight[sequence] = Sent(request, now)
             assert self.inflight_bytes <= self.window_bytes, "more on its way than was granted"
             yield request, exchange

@@ -248,6 +248,7 @@ _OWN_FIELDS = {
 }
 _NUMBERS = {m: [f.name for f in own if f.type != "str"] for m, own in _OWN_FIELDS.items()}
 _TEXTS = {m: [f.name for f in own if f.type == "str"] for m, own in _OWN_FIELDS.items()}
+_HEADS = {m: struct.Struct(_PREFIX.format + m.numbers.format[1:]) for m in MESSAGES}
 
 
 def pack(message: Message) -> bytes:
@@ -258,11 +259,17 @@ def pack(message: Message) -> bytes:
     assert texts.count(b"\0") == max(0, len(_TEXTS[kind]) - 1), "texts: no zero bytes"
     values = [getattr(message, name) for name in _NUMBERS[kind]]
     assert all(len(v) == 16 for v in values if isinstance(v, bytes)), "16 bytes each"
-    body = message.numbers.pack(*values) + texts
+    head = _HEADS[kind]
+    start = (MAGIC, VERSION, kind.kind)
     ids = (message.session, message.sequence)
-    head = _PREFIX.pack(MAGIC, VERSION, message.kind, 0, *ids)
-    checksum = crc32c(head + body)
-    return _PREFIX.pack(MAGIC, VERSION, message.kind, checksum, *ids) + body
+    checksum = crc32c(head.pack(*start, 0, *ids, *values) + texts)
+    return head.pack(*start, checksum, *ids, *values) + texts
+
+
+def number(message: Message, session: int, sequence: int) -> None:
+    """Gives a message its numbers, before it is sent: only whoever has just made it may do that."""
+    object.__setattr__(message, "session", session)
+    object.__setattr__(message, "sequence", sequence)
 
 
 def ids(data: bytes | memoryview) -> tuple[int, int]:
