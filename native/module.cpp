@@ -134,4 +134,5 @@ PYBIND11_MODULE(_native, m) {
       .def("state", &Arena::state);
 
   bind_engine(m);
+  bind_zeromq(m);
 }

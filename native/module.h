@@ -223,5 +223,6 @@ class Arena {
 };
 
 void bind_engine(py::module_& m);
+void bind_zeromq(py::module_& m);
 
 }  // namespace baton

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import cast
 
 import zmq
+from zmq.backend.cython import _zmq as cython_zmq
 
+from services import _native
 from services.ops.errors import Unavailable
 from services.ops.keys import Keys
 from services.wire import sockets
@@ -23,28 +25,16 @@ from services.wire.session import Buffer, Tracker
 COPY_BYTES_MAX = 1 << 16  # smaller frames are copied: it is cheaper than keeping track of them
 MESSAGES_QUEUED_MAX = 1024  # per connection; what is in them is bounded by the granted window
 SENDERS = frozenset({"prefill", "kv-store"})  # who may connect to a store
-Socket = zmq.Socket[bytes]
+_native.use_zeromq(cython_zmq.__file__)
 
 
-def _send(socket: Socket, frames: Sequence[Buffer]) -> Tracker | None:
-    """None also when it could not be sent: whoever waits for the answer finds out."""
-    large = any(len(frame) > COPY_BYTES_MAX for frame in frames)
-    try:
-        if not large:
-            socket.send_multipart(frames, zmq.DONTWAIT)
-            return None
-        sent = socket.send_multipart(frames, zmq.DONTWAIT, copy=False, track=True)
-        return cast(Tracker, sent)
-    except zmq.ZMQError:
-        return None
+class Socket:
+    """One of pyzmq's, whose messages native code moves."""
 
-
-def _receive(socket: Socket) -> list[memoryview] | None:
-    try:
-        frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
-    except zmq.Again:
-        return None
-    return [frame.buffer for frame in frames]
+    def __init__(self, made: zmq.Socket[bytes]) -> None:
+        self.made = made
+        self.native = _native.Socket(made.underlying, COPY_BYTES_MAX)
+        self.fd = cast(int, made.getsockopt(zmq.FD))  # tells of messages
 
 
 class ZmqConnection:
@@ -53,10 +43,11 @@ class ZmqConnection:
         self._socket = medium.dial(address, self._attempt)
 
     def send(self, frames: Sequence[Buffer]) -> Tracker | None:
-        return _send(self._socket, frames)
+        """None also when it could not be sent: whoever waits for the answer finds out."""
+        return self._socket.native.send(frames)  # type: ignore[no-any-return]
 
     def receive(self) -> list[memoryview] | None:
-        return _receive(self._socket)
+        return self._socket.native.receive()  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         self.close()
@@ -74,11 +65,11 @@ class ZmqListener:
         self._medium, self._socket, self.address = medium, socket, address
 
     def receive(self) -> tuple[bytes, list[memoryview]] | None:
-        frames = _receive(self._socket)
+        frames = self._socket.native.receive()
         return (bytes(frames[0]), frames[1:]) if frames else None
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> Tracker | None:
-        return _send(self._socket, [peer, *frames])
+        return self._socket.native.send([peer, *frames])  # type: ignore[no-any-return]
 
     def close(self) -> None:
         self._medium.drop(self._socket)
@@ -105,8 +96,7 @@ class ZmqMedium:
 
     def pending(self) -> bool:
         """Whether a message is there to be received."""
-        events = (cast(int, s.getsockopt(zmq.EVENTS)) for s in self._sockets.values())
-        return any(event & zmq.POLLIN for event in events)
+        return any(socket.native.ready() for socket in self._sockets.values())
 
     def dial(self, address: str, attempt: int) -> Socket:
         """A socket to a store. Raises Unavailable for what is no address."""
@@ -116,22 +106,22 @@ class ZmqMedium:
         except zmq.ZMQError as error:
             raise Unavailable(f"address: {address!r}: {error}") from error
 
-    def _watch(self, socket: Socket) -> Socket:
-        fd = cast(int, socket.getsockopt(zmq.FD))
-        self._sockets[fd] = socket
-        self._epoll.register(fd, select.EPOLLIN)
+    def _watch(self, made: zmq.Socket[bytes]) -> Socket:
+        socket = Socket(made)
+        self._sockets[socket.fd] = socket
+        self._epoll.register(socket.fd, select.EPOLLIN)
         return socket
 
     def drop(self, socket: Socket) -> None:
         """Closes a socket; what it had not sent is forgotten."""
-        if socket.closed:
+        if self._sockets.get(socket.fd) is not socket:
             return
-        fd = cast(int, socket.getsockopt(zmq.FD))
-        del self._sockets[fd]
-        self._epoll.unregister(fd)
+        del self._sockets[socket.fd]
+        self._epoll.unregister(socket.fd)
         if self._context.guard is not None:
-            self._context.guard.forget(socket)
-        socket.close(linger=0)
+            self._context.guard.forget(socket.made)
+        socket.native.close()
+        socket.made.close(linger=0)
 
     def connect(self, address: str) -> ZmqConnection:
         return ZmqConnection(self, address)
