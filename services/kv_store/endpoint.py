@@ -30,15 +30,16 @@ class Endpoint:
             inflight_bytes_max=inflight_bytes_max, verify=verify, clock=clock,
         )  # fmt: skip
 
-    def turn(self) -> bool:
-        """Takes some messages; whether there may be more."""
+    def turn(self) -> int:
+        """Takes some messages, answers included; how many."""
         took = 0
         while took < MESSAGES_PER_TURN and (message := self._listener.receive()) is not None:
             self.receiver.handle(*message)
             took += 1
-        self.client.poll()
+        took += self.client.poll()
         self.receiver.tick()
-        return took == MESSAGES_PER_TURN
+        self.receiver.flush()
+        return took
 
     @property
     def wait_s(self) -> float:

@@ -18,6 +18,9 @@ from services.wire.stream import FRAME_BYTES_MAX
 from services.wire.zmq_medium import ZmqListener, ZmqMedium
 
 _logger = log.get("ingest")
+# While messages come, the next one is waited for here: a round of the event loop for each costs as much
+# as a third of a megabyte.
+LINGER_S = 0.001
 
 
 class Lending:
@@ -86,7 +89,9 @@ class Ingest:
         loop.add_reader(self._medium.fileno(), came.set)
         try:
             while True:
-                if not self.endpoint.turn():
+                if self.endpoint.turn():
+                    self._medium.wait(LINGER_S)
+                else:
                     came.clear()
                     await self._until(came)
                 await asyncio.sleep(0)

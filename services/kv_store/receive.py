@@ -50,6 +50,8 @@ from services.wire.stream import (
 )
 
 _logger = log.get("ingest")
+ACKS_MAX = 4  # requests of a peer that are acknowledged together
+ACK_SPAN = 64  # their numbers are at most so far apart
 FORGET_S = 30.0  # a peer without a word for this long has to introduce itself again
 WINDOW_BYTES_MAX = 16 << 20  # granted to one peer
 
@@ -96,6 +98,7 @@ class Receiver:
         self._reply, self._notify, self._clock = reply, notify, clock
         self._inflight_bytes_max = inflight_bytes_max
         self._peers: dict[bytes, _Peer] = {}
+        self._acks: dict[bytes, list[Message]] = {}  # by peer, for one turn at most
         self.hello = hello_of(arena.plan)
         self.landing = Landing(arena, verify=verify)
         self.loans = Loans(cache.give_back)
@@ -135,8 +138,35 @@ class Receiver:
     def _answer(
         self, peer: bytes, asked: Message, answer: Message, frames: Sequence[Buffer] = ()
     ) -> Tracker | None:
+        if isinstance(answer, Ack):
+            self._acknowledge(peer, asked)
+            return None
+        self._flush(peer)  # answers go out in order
         number(answer, asked.session, asked.sequence)
         return self._reply(peer, [pack(answer), *frames])
+
+    def _acknowledge(self, peer: bytes, asked: Message) -> None:
+        """Together with what follows at once."""
+        waiting = self._acks.get(peer)
+        if waiting and not waiting[-1].sequence < asked.sequence <= waiting[0].sequence + ACK_SPAN:
+            self._flush(peer)
+        waiting = self._acks.setdefault(peer, [])
+        waiting.append(asked)
+        if len(waiting) == ACKS_MAX:
+            self._flush(peer)
+
+    def _flush(self, peer: bytes) -> None:
+        waiting = self._acks.pop(peer, None)
+        if waiting:
+            *earlier, last = waiting
+            ack = Ack(before=sum(1 << last.sequence - 1 - one.sequence for one in earlier))
+            number(ack, last.session, last.sequence)
+            self._reply(peer, [pack(ack)])
+
+    def flush(self) -> None:
+        """Acknowledges what has been stored; comes at the end of each turn."""
+        for peer in list(self._acks):
+            self._flush(peer)
 
     def _take(self, peer: bytes, message: Message, frames: Sequence[memoryview]) -> None:
         if isinstance(message, Hello):

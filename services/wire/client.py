@@ -82,13 +82,15 @@ class Client:
         for address in idle[: max(0, len(self._links) - IDLE_CONNECTIONS_MAX + 1)]:
             self._links.pop(address).connection.close()
 
-    def poll(self) -> None:
-        """Takes what has come, sends what may be sent. Never blocks."""
+    def poll(self) -> int:
+        """Takes what has come, sends what may be sent; how many messages have come. Never blocks."""
+        came = 0
         for link in list(self._links.values()):
             if not link.session.idle or link.session.window_bytes:
-                self._receive(link)
+                came += self._receive(link)
                 self._send(link)
                 self._end(link)
+        return came
 
     def carry(self, exchange: Exchange) -> None:
         """Returns when it is over. Raises what it has failed with."""
@@ -99,11 +101,11 @@ class Client:
         if exchange.error is not None:
             raise exchange.error
 
-    def _receive(self, link: _Link) -> None:
-        for _ in range(MESSAGES_PER_LOOK):
+    def _receive(self, link: _Link) -> int:
+        for came in range(MESSAGES_PER_LOOK):
             message = link.connection.receive()
             if message is None:
-                return
+                return came
             try:
                 header = unpack(message[0])
             except CorruptKv:
@@ -111,8 +113,9 @@ class Client:
                 continue
             except BatonError as error:
                 link.session.fail(error)
-                return
+                return came
             link.session.received(header, message[1:], self._clock())
+        return MESSAGES_PER_LOOK
 
     def _send(self, link: _Link) -> None:
         for request, exchange in link.session.tick(self._clock()):

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from services.kv.arena import ArenaPlan
 from services.ops.errors import BatonError, CorruptKv, LayoutMismatch, StaleEpoch, Unavailable
-from services.wire.stream import Code, Hello, Message, Refused, Welcome, number
+from services.wire.stream import Ack, Code, Hello, Message, Refused, Welcome, number
 
 Buffer = bytes | memoryview
 SILENCE_S = 0.9  # a peer that owes an answer and says nothing for this long is not there
@@ -178,8 +178,13 @@ class Session:
             self._answered(message, frames)
 
     def _answered(self, message: Message, frames: Sequence[memoryview]) -> None:
+        sequences = message.sequences() if isinstance(message, Ack) else (message.sequence,)
+        for sequence in sequences:
+            self._take(sequence, message, frames)
+
+    def _take(self, sequence: int, message: Message, frames: Sequence[memoryview]) -> None:
         for exchange in self.exchanges:
-            sent = exchange.inflight.take(message.sequence)
+            sent = exchange.inflight.take(sequence)
             if sent is None or exchange.error is not None:
                 continue  # what has failed touches nothing any more
             if isinstance(message, Refused) and message.code in _FINAL:
@@ -243,14 +248,16 @@ class Session:
         yield Request(dataclasses.replace(self._hello, session=self.number)), None
 
     def _requests(self, exchange: Exchange, now: float) -> Iterator[tuple[Request, Exchange]]:
+        room_bytes = self.window_bytes - self.inflight_bytes
         while exchange.error is None:
-            request = exchange.next(self.window_bytes - self.inflight_bytes)
+            request = exchange.next(room_bytes)
             if request is None:
                 return
+            room_bytes -= request.payload_bytes
+            assert room_bytes >= 0, "more on its way than was granted"
             sequence = next(self._numbers)
             number(request.message, self.number, sequence)
             exchange.inflight[sequence] = Sent(request, now)
-            assert self.inflight_bytes <= self.window_bytes, "more on its way than was granted"
             yield request, exchange
 
 

@@ -8,7 +8,7 @@
     PAGES     prefill -> store   frames: row checksums uint32[blocks, 64], then runs of whole pages
     FIRST     prefill -> store   the first token
     OFFER     prefill -> store   pages that the store may fetch out of the arena of prefill's store
-    ACK       store -> prefill   PAGES, FIRST or OFFER has been stored
+    ACK       store -> prefill   PAGES, FIRST or OFFER has been stored, or several of them
     FETCH     store -> store     asks for pages of an open stream, or of a loan
     CONTENT   store -> store     frames as those of PAGES
     LOOKUP    store -> store     frame: block keys. Lends the leading blocks that are cached
@@ -24,15 +24,17 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from services._native import crc32c
 from services.ops.errors import CorruptKv, LayoutMismatch
 
 MAGIC = 0x3153564B  # "KVS1"
-VERSION = 2
+VERSION = 3
 CODEC = "raw"
 FRAME_BYTES_MAX = 2 << 20  # runs are coalesced up to this: the best size measured
 TEXT_BYTES_MAX = 1024
@@ -176,7 +178,20 @@ class Offer(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Ack(Message):
+    """Bit n of `before`: the request with number `sequence` - 1 - n has been stored too."""
+
     kind = Kind.ACK
+    numbers = struct.Struct("<Q")
+    before: int = 0
+
+    def sequences(self) -> Iterator[int]:
+        """All that it acknowledges, oldest first."""
+        before = self.before
+        while before:
+            bit = before.bit_length() - 1
+            before ^= 1 << bit
+            yield self.sequence - 1 - bit
+        yield self.sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,29 +256,33 @@ MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Refused, Open, Status, Pages, First, Offer, Ack, Fetch, Content, Lookup, Loan,
     Return, Announce,
 )  # fmt: skip
-_BY_KIND = {message.kind: message for message in MESSAGES}
+_BY_KIND: dict[int, type[Message]] = {message.kind: message for message in MESSAGES}
 _OWN_FIELDS = {
     message: [f for f in dataclasses.fields(message) if f.name not in ("session", "sequence")]
     for message in MESSAGES
 }
 _NUMBERS = {m: [f.name for f in own if f.type != "str"] for m, own in _OWN_FIELDS.items()}
 _TEXTS = {m: [f.name for f in own if f.type == "str"] for m, own in _OWN_FIELDS.items()}
+_BYTES = {m: [f.name for f in own if f.type == "bytes"] for m, own in _OWN_FIELDS.items()}
+_NAMES = {m: ["session", "sequence", *names] for m, names in _NUMBERS.items()}
+_VALUES = {m: attrgetter(*names) for m, names in _NAMES.items()}
 _HEADS = {m: struct.Struct(_PREFIX.format + m.numbers.format[1:]) for m in MESSAGES}
+_CHECKSUM = struct.Struct("<I")
+_OWN_AT = 4  # values of a head before the session: magic, version, kind, checksum
 
 
 def pack(message: Message) -> bytes:
     """The header frame: prefix, numbers, texts with a zero byte between them."""
     kind = type(message)
-    texts = "\0".join(getattr(message, name) for name in _TEXTS[kind]).encode()
+    texts = "\0".join([getattr(message, name) for name in _TEXTS[kind]]).encode()
     assert len(texts) <= TEXT_BYTES_MAX, "texts: at most 1024 bytes"
     assert texts.count(b"\0") == max(0, len(_TEXTS[kind]) - 1), "texts: no zero bytes"
-    values = [getattr(message, name) for name in _NUMBERS[kind]]
-    assert all(len(v) == 16 for v in values if isinstance(v, bytes)), "16 bytes each"
-    head = _HEADS[kind]
-    start = (MAGIC, VERSION, kind.kind)
-    ids = (message.session, message.sequence)
-    checksum = crc32c(head.pack(*start, 0, *ids, *values) + texts)
-    return head.pack(*start, checksum, *ids, *values) + texts
+    values = _VALUES[kind](message)
+    assert all(len(getattr(message, name)) == 16 for name in _BYTES[kind]), "16 bytes each"
+    data = bytearray(_HEADS[kind].pack(MAGIC, VERSION, kind.kind, 0, *values))
+    data += texts
+    _CHECKSUM.pack_into(data, _CHECKSUM_AT, crc32c(data))
+    return bytes(data)
 
 
 def number(message: Message, session: int, sequence: int) -> None:
@@ -284,29 +303,33 @@ def unpack(data: bytes | memoryview) -> Message:
     data = bytes(data)
     if not _PREFIX.size <= len(data) <= _PREFIX.size + TEXT_BYTES_MAX + 64:
         raise CorruptKv(f"stream header: {len(data)} bytes")
-    magic, version, number, checksum, session, sequence = _PREFIX.unpack_from(data)
+    magic, version, number, checksum, _, _ = _PREFIX.unpack_from(data)
     zeroed = data[:_CHECKSUM_AT] + bytes(4) + data[_CHECKSUM_AT + 4 :]
     if magic != MAGIC or crc32c(zeroed) != checksum:
         raise CorruptKv(f"stream header: magic {magic:#x} version {version}: checksum differs")
     if version != VERSION:
         raise LayoutMismatch(f"version: the peer speaks {version}, this process {VERSION}")
-    if number not in Kind._value2member_map_:
+    kind = _BY_KIND.get(number)
+    if kind is None:
         raise LayoutMismatch(f"stream header: unknown kind {number}")
-    kind = _BY_KIND[Kind(number)]
-    return _body(kind, data, {"session": session, "sequence": sequence})
+    return _body(kind, data)
 
 
-def _body(kind: type[Message], data: bytes, fields: dict[str, Any]) -> Message:
-    end = _PREFIX.size + kind.numbers.size
-    if len(data) < end or (len(data) > end and not _TEXTS[kind]):
+def _body(kind: type[Message], data: bytes) -> Message:
+    head, texts = _HEADS[kind], _TEXTS[kind]
+    if len(data) < head.size or (len(data) > head.size and not texts):
         raise LayoutMismatch(f"stream header: {len(data)} bytes of {kind.kind.name}")
-    fields |= zip(_NUMBERS[kind], kind.numbers.unpack_from(data, _PREFIX.size), strict=True)
+    fields: dict[str, Any] = dict(zip(_NAMES[kind], head.unpack_from(data)[_OWN_AT:], strict=True))
+    if texts:
+        fields |= _text_fields(kind, data[head.size :])
+    return kind(**fields)
+
+
+def _text_fields(kind: type[Message], data: bytes) -> dict[str, str]:
     try:
-        texts = data[end:].decode().split("\0")
+        texts = data.decode().split("\0")
     except UnicodeDecodeError:
         raise LayoutMismatch(f"stream header: a text of {kind.kind.name} is none") from None
-    if _TEXTS[kind]:
-        if len(texts) != len(_TEXTS[kind]):
-            raise LayoutMismatch(f"stream header: {len(texts)} texts of {kind.kind.name}")
-        fields |= zip(_TEXTS[kind], texts, strict=True)
-    return kind(**fields)
+    if len(texts) != len(_TEXTS[kind]):
+        raise LayoutMismatch(f"stream header: {len(texts)} texts of {kind.kind.name}")
+    return dict(zip(_TEXTS[kind], texts, strict=True))

@@ -12,6 +12,7 @@ import os
 import select
 from collections.abc import Sequence
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import zmq
 from zmq.backend.cython import _zmq as cython_zmq
@@ -28,12 +29,16 @@ SENDERS = frozenset({"prefill", "kv-store"})  # who may connect to a store
 _native.use_zeromq(cython_zmq.__file__)
 
 
+def native_of(made: zmq.Socket[bytes]) -> _native.Socket:
+    return _native.Socket(made.underlying, COPY_BYTES_MAX)
+
+
 class Socket:
     """One of pyzmq's, whose messages native code moves."""
 
     def __init__(self, made: zmq.Socket[bytes]) -> None:
         self.made = made
-        self.native = _native.Socket(made.underlying, COPY_BYTES_MAX)
+        self.native = native_of(made)
         self.fd = cast(int, made.getsockopt(zmq.FD))  # tells of messages
 
 
@@ -83,6 +88,7 @@ class ZmqMedium:
     ) -> None:
         self._context = sockets.context(io_core, keys)
         self._decodes = sockets.Dialler(self._context)
+        self._announcers: WeakKeyDictionary[zmq.Socket[bytes], _native.Socket] = WeakKeyDictionary()
         self._frame_bytes_max = frame_bytes_max
         self._sockets: dict[int, Socket] = {}  # by the file descriptor that tells of messages
         self._epoll = select.epoll()
@@ -143,12 +149,16 @@ class ZmqMedium:
     def notify(self, address: str, data: bytes) -> None:
         """Nobody there, or no address: the words in the arena say it all."""
         with contextlib.suppress(zmq.ZMQError):
-            self._decodes.to(zmq.PUSH, address, "decode").send(data, zmq.DONTWAIT)
+            made = self._decodes.to(zmq.PUSH, address, "decode")
+            if made not in self._announcers:
+                self._announcers[made] = native_of(made)
+            self._announcers[made].send([data])
 
     def wait(self, timeout_s: float | None) -> None:
-        if not self.pending():
-            self._epoll.poll(timeout_s)
-        self.settle()
+        if self.pending():
+            return
+        if any(fd == self._wake for fd, _ in self._epoll.poll(timeout_s)):
+            self.settle()
 
     def settle(self) -> None:
         """Takes back all wakes."""

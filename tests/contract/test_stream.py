@@ -3,6 +3,7 @@ ipc, and each of them with faults; pushed, and fetched."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -12,7 +13,8 @@ import pytest
 from services.kv.runs import read_pages
 from services.wire.faulty_medium import Faults
 from services.wire.memory_medium import MemoryMedium
-from services.wire.stream import Announce, Message, Refused, Welcome, pack, unpack
+from services.wire.session import Buffer, Tracker
+from services.wire.stream import Ack, Announce, Message, Refused, Welcome, pack, unpack
 from tests.support.media import Setting
 from tests.support.streams import BuildLink, at_rest, each, each_remote, each_steady, in_memory
 
@@ -168,6 +170,38 @@ def test_windows_are_bounded_together(build: BuildLink, setting: Setting) -> Non
         hello = pack(replace(receiver.hello, client=b"another client..", session=1))
         receiver.handle(b"peer-9", [memoryview(hello)])
         assert isinstance(answers[-1], Welcome)
+
+
+@in_memory
+def test_what_comes_together_is_acknowledged_together(build: BuildLink, setting: Setting) -> None:
+    """Several requests of one turn, each exactly once, and nothing that has not come."""
+    world = build(setting)
+    receiver = world.stores[-1].receiver
+    reply, acks, asked = receiver._reply, [], []
+    take = receiver._take
+
+    def watched(peer: bytes, message: Message, frames: Sequence[memoryview]) -> None:
+        asked.append(message.sequence)
+        take(peer, message, frames)
+
+    def heard(peer: bytes, frames: Sequence[Buffer]) -> Tracker | None:
+        message = unpack(bytes(frames[0]))
+        if isinstance(message, Ack):
+            acks.append(list(message.sequences()))
+        return reply(peer, frames)
+
+    receiver._reply, receiver._take = heard, watched  # type: ignore[method-assign]
+    handoff = world.handoff()
+    world.compute(0, 300)
+    for group in world.groups:
+        handoff.ready(group, 300)
+    handoff.first(7, -0.5)
+    assert world.finish(handoff) is None
+    world.assert_delivered()
+    named = [sequence for ack in acks for sequence in ack]
+    assert len(named) == len(set(named)) == len(world.groups) + 1
+    assert set(named) <= set(asked)
+    assert len(acks) < len(named)
 
 
 # --- everything at once ---

@@ -152,3 +152,11 @@ def test_what_does_not_fit_is_not_cut_off() -> None:
     for message in (announce, too_long, two, hello, Ack(sequence=1 << 64)):
         with pytest.raises((AssertionError, struct.error)):
             pack(message)
+
+
+@given(last=st.integers(64, 2**40), before=st.sets(st.integers(1, 64), max_size=63))
+def test_an_acknowledgement_names_all_it_covers(last: int, before: set[int]) -> None:
+    """Oldest first, and no other request."""
+    ack = unpack(pack(Ack(sequence=last, before=sum(1 << back - 1 for back in before))))
+    assert isinstance(ack, Ack)
+    assert list(ack.sequences()) == sorted([last, *(last - back for back in before)])
