@@ -3,6 +3,7 @@ landed as if they had been pushed. The offer is acknowledged when its pages are 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,7 +27,7 @@ from services.wire.stream import (
     Refused,
 )
 
-OFFERS_MAX = 1024  # waiting for one stream; a prefill has one on its way for each layer group
+OFFERS_MAX = 1024  # waiting for one layer group of one stream
 
 
 class Answer(Protocol):
@@ -147,7 +148,7 @@ class Pulls:
     answer: Answer
     wake: Wake
     open: dict[tuple[int, int], Pull] = field(default_factory=dict)
-    _waiting: dict[tuple[int, int], list[_Waiting]] = field(default_factory=dict)
+    _waiting: dict[tuple[int, int], dict[int, list[_Waiting]]] = field(default_factory=dict)
 
     def offer(self, peer: bytes, offer: Offer) -> None:
         """Raises LayoutMismatch, StaleEpoch, Unavailable; else answers when the pages are here, or
@@ -160,7 +161,7 @@ class Pulls:
         key = (offer.slot, offer.attempt)
         if key not in self.open:
             self.open[key] = self._begin(record, offer)
-        waiting = self._waiting.setdefault(key, [])
+        waiting = self._waiting.setdefault(key, {}).setdefault(offer.group, [])
         waiting.append(_Waiting(peer, offer))
         del waiting[:-OFFERS_MAX]
         self.open[key].offer(offer.group, offer.tokens)
@@ -172,11 +173,13 @@ class Pulls:
         return pull
 
     def _stored(self, key: tuple[int, int], group: int, have: int) -> None:
-        waiting = self._waiting.get(key, [])
-        served = [w for w in waiting if w.offer.group == group and w.offer.tokens <= have]
-        self._waiting[key] = [w for w in waiting if w not in served]
-        for one in served:
-            self.answer(one.peer, one.offer, Ack())
+        groups = self._waiting.get(key, {})
+        waiting = groups.pop(group, [])
+        if left := [one for one in waiting if one.offer.tokens > have]:
+            groups[group] = left
+        for one in waiting:
+            if one.offer.tokens <= have:
+                self.answer(one.peer, one.offer, Ack())
         if waiting:
             self.wake(waiting[-1].offer.announce, *key, group, have)
 
@@ -185,7 +188,7 @@ class Pulls:
         if self.open.get(key) is not pull:
             return
         del self.open[key]
-        for waiting in self._waiting.pop(key, []):
+        for waiting in itertools.chain(*self._waiting.pop(key, {}).values()):
             if pull.error is not None:
                 code = code_of(pull.error)
                 code = Code.UNAVAILABLE if code is Code.CORRUPT else code
