@@ -87,9 +87,14 @@ std::list<Lent>& all_lent() {
   return *lent;
 }
 
-// Lets go of what is not read any more.
+// Lets go of what is not read any more. Letting go may run anything, so the list is complete before.
 void reap() {
-  all_lent().remove_if([](const Lent& one) { return *one.left == 0; });
+  std::list<Lent>& lent = all_lent();
+  std::list<Lent> gone;
+  for (auto at = lent.begin(); at != lent.end();) {
+    const auto one = at++;
+    if (one->left->load(std::memory_order_acquire) == 0) gone.splice(gone.end(), lent, one);
+  }
 }
 
 void give_back(void*, void* hint) {

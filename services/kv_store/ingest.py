@@ -18,8 +18,8 @@ from services.wire.stream import FRAME_BYTES_MAX
 from services.wire.zmq_medium import ZmqListener, ZmqMedium
 
 _logger = log.get("ingest")
-# While messages come, the next one is waited for here: a round of the event loop for each costs as much
-# as a third of a megabyte.
+# While messages come, the next one is waited for without a round of the event loop, whose other work
+# waits for so long at most.
 LINGER_S = 0.001
 
 

@@ -12,7 +12,6 @@ import os
 import select
 from collections.abc import Sequence
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import zmq
 from zmq.backend.cython import _zmq as cython_zmq
@@ -29,16 +28,12 @@ SENDERS = frozenset({"prefill", "kv-store"})  # who may connect to a store
 _native.use_zeromq(cython_zmq.__file__)
 
 
-def native_of(made: zmq.Socket[bytes]) -> _native.Socket:
-    return _native.Socket(made.underlying, COPY_BYTES_MAX)
-
-
 class Socket:
     """One of pyzmq's, whose messages native code moves."""
 
     def __init__(self, made: zmq.Socket[bytes]) -> None:
         self.made = made
-        self.native = native_of(made)
+        self.native = _native.Socket(made.underlying, COPY_BYTES_MAX)
         self.fd = cast(int, made.getsockopt(zmq.FD))  # tells of messages
 
 
@@ -88,7 +83,6 @@ class ZmqMedium:
     ) -> None:
         self._context = sockets.context(io_core, keys)
         self._decodes = sockets.Dialler(self._context)
-        self._announcers: WeakKeyDictionary[zmq.Socket[bytes], _native.Socket] = WeakKeyDictionary()
         self._frame_bytes_max = frame_bytes_max
         self._sockets: dict[int, Socket] = {}  # by the file descriptor that tells of messages
         self._epoll = select.epoll()
@@ -149,10 +143,7 @@ class ZmqMedium:
     def notify(self, address: str, data: bytes) -> None:
         """Nobody there, or no address: the words in the arena say it all."""
         with contextlib.suppress(zmq.ZMQError):
-            made = self._decodes.to(zmq.PUSH, address, "decode")
-            if made not in self._announcers:
-                self._announcers[made] = native_of(made)
-            self._announcers[made].send([data])
+            self._decodes.to(zmq.PUSH, address, "decode").send(data, zmq.DONTWAIT)
 
     def wait(self, timeout_s: float | None) -> None:
         if self.pending():
