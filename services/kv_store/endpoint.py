@@ -13,7 +13,7 @@ from services.wire.medium import Listener, Medium
 from services.wire.session import hello_of
 
 IDLE_S = 0.5  # between two looks at the clock while nothing is under way
-MESSAGES_PER_TURN = 16  # before the store's other work has its turn; each is at most about 2 MiB
+MESSAGES_PER_TURN = 16  # before the store's other work has its turn; each is at most about 1 MiB
 
 
 class Endpoint:

@@ -36,7 +36,8 @@ from services.ops.errors import CorruptKv, LayoutMismatch
 MAGIC = 0x3153564B  # "KVS1"
 VERSION = 3
 CODEC = "raw"
-FRAME_BYTES_MAX = 2 << 20  # runs are coalesced up to this: the best size measured
+# Runs are coalesced up to this; a larger frame has left the cache before it is copied.
+FRAME_BYTES_MAX = 1 << 20
 TEXT_BYTES_MAX = 1024
 
 # What every version begins with, checksum included, so that another version can be told from damage
