@@ -41,6 +41,8 @@ class DecodeEngine:
         report: Callable[[control_pb2.WorkerEvent], None],
     ) -> None:  # fmt: skip
         self._config, self._arena, self._backend = config, arena, backend
+        # Asked once: a look at a protocol takes longer than all else before a step.
+        self._step_backend = backend if isinstance(backend, OneCallBackend) else None
         self._report = report
         self._unsafe = frozenset(config.unsafe)
         self._failpoints = Failpoints(config.failpoints, config.name)
@@ -208,7 +210,7 @@ class DecodeEngine:
                 continue
             self._failpoints.hit("decode.committed", index)
             reports.append(stream.report(index))
-            if stream.finish():
+            if reports[-1].finish:
                 self._forget(stream)
         self.steps += 1
         self._send_tokens(reports)
@@ -222,8 +224,8 @@ class DecodeEngine:
             stream.identity.extend(np.array([token], np.int32))
         seeds = np.array([s.identity.seeds[s.position] for s in streams], np.uint32)
         rows = Rows(tokens, positions, sequence, self._tables)
-        if isinstance(self._backend, OneCallBackend) and not self._failpoints.armed:
-            return self._backend.step(rows, seeds)
+        if self._step_backend is not None and not self._failpoints.armed:
+            return self._step_backend.step(rows, seeds)
         self._backend.begin(rows)
         blocks = positions // PAGE_TOKENS
         for group in range(self._arena.layout.groups):

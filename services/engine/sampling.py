@@ -72,7 +72,7 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, position: int) -
     """
     assert logits.ndim == 1
     assert logits.dtype == np.float32
-    best = int(np.argmax(logits))  # the first of equals; a NaN counts as the largest
+    best = int(logits.argmax())  # the first of equals; a NaN counts as the largest
     if not math.isfinite(logits[best]):
         raise NumericsError(f"logits: {logits[best]} at token {best}")
     token = best

@@ -178,11 +178,11 @@ class StreamRecord:
     def root(self) -> bytes:
         return self.fixed["root"].tobytes()
 
-    @property
+    @cached_property
     def tokens(self) -> NDArray[np.int32]:
         return self._view["tokens"]  # type: ignore[no-any-return]
 
-    @property
+    @cached_property
     def logprobs(self) -> NDArray[np.float32]:
         return self._view["logprobs"]  # type: ignore[no-any-return]
 
