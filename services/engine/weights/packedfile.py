@@ -7,6 +7,9 @@ The header holds the recipe, the file's size, and each matrix's format, shape, o
 A file is written under another name, synced and renamed: what has the right name was complete once.
 Checksums tell what became of it since; they are read once after each boot, because every later worker
 sees the same pages in memory. What a matrix's bytes mean is for `engine/packed.py`.
+
+Pages are huge where the file system has such, since a step reads them all: what was written is dropped
+from memory, and comes back through a mapping that asks for huge pages.
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ def write(path: Path, recipe: Recipe, names: list[str], matrices: Iterable[Packe
             _write(file, recipe, names, matrices)
             file.flush()
             os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with _named(path):
             temporary.replace(path)
             _sync_directory(path.parent)
@@ -90,6 +94,8 @@ def attach(path: Path, recipe: Recipe) -> dict[str, PackedMatrix]:
         if facts.st_size < _FIXED.size:
             raise BadPack(f"{path}: {facts.st_size} bytes are too few")
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with suppress(OSError):  # a kernel without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     header = _read_header(path, mapping)
     if header.get("recipe") != asdict(recipe):
         raise BadPack(f"{path}: made by another recipe, {header.get('recipe')}")
