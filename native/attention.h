@@ -12,6 +12,7 @@
 // All query rows of a tile share them. With bf16 pages queries and weights are rounded to bf16.
 #pragma once
 
+#include "ahead.h"
 #include "attention_few.h"
 
 namespace baton {
@@ -141,6 +142,18 @@ void fold_span(Queries& s, const Seen& seen, int span, float scale) {
 // A partial of a single row: [heads][spans] of {out[wide], top, sum, 14 floats of padding}.
 inline size_t partial_at(const Tile& tile, int wide, int head, int span) {
   return size_t(tile.partials) + (size_t(head) * tile.spans + span) * size_t(wide + 16);
+}
+
+// The pages of one span of a single row, as far as it sees them.
+template <class T>
+void add_span(const Seen& seen, int span, Ahead& ahead) {
+  const size_t bytes = size_t(seen.m.head_dim) * sizeof(T) * kPageTokens;
+  const int first = first_span(seen.end(0) - 1, seen.window) + span;
+  for (int block = first * kSpanPages; block < (first + 1) * kSpanPages; block++) {
+    if ((block + 1) * kPageTokens <= seen.begin(0) || block * kPageTokens >= seen.end(0)) continue;
+    const Head<T> head = head_in<T>(seen.pages, seen.page(block), seen.layer_in_group, seen.head);
+    ahead.add(head.k, bytes), ahead.add(head.v, bytes);
+  }
 }
 
 // One span of a single row; the partials are merged when all are there.

@@ -174,9 +174,9 @@ size_t Engine::read_weights() {
     const Model& model;
     Team& team;
   } work{kernels_, model_, team_};
-  team_.run([](void* context, int) {
+  team_.run([](void* context, int member) {
     const Work* w = static_cast<const Work*>(context);
-    w->kernels->read(w->model, w->team);
+    w->kernels->read(w->model, w->team, member);
   }, &work);
   return weight_bytes();
 }

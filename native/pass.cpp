@@ -60,6 +60,34 @@ struct Output {
   bool add = false;
 };
 
+// Cuts panels into runs. Those of a few rows are read as fast as memory gives: each member begins with
+// a long one, so that it knows where it will read and jumps seldom, and short ones end together.
+class Runs {
+ public:
+  Runs(int panels, int threads, int rows) : panels_(panels), threads_(threads) {
+    if (!streams(rows)) return;
+    first_ = panels * 3 / (threads * 4);
+    const int left = panels - first_ * threads, aim = left / (threads * 4);
+    if (first_ < 1) first_ = 1;
+    each_ = aim < 1 ? 1 : aim < kLongest ? aim : kLongest;
+  }
+  static bool streams(int rows) { return rows <= 16; }
+
+  int begin(int run) const {
+    const int at = run < threads_ ? run * first_ : threads_ * first_ + (run - threads_) * each_;
+    return at < panels_ ? at : panels_;
+  }
+  int count() const {
+    const int left = panels_ - begin(threads_);
+    return threads_ + (left + each_ - 1) / each_;
+  }
+
+ private:
+  static constexpr int kLongest = 8;  // of the short ones
+  const int panels_, threads_;
+  int first_ = 1, each_ = 1;
+};
+
 class Member {
  public:
   Member(const Job& job, int member)
@@ -71,12 +99,13 @@ class Member {
     for (int group = job_.first_group; group < job_.last_group; group++) {
       const Geometry& g = pages_.geometry();
       for (int i = 0; i < g.layers_in(group); i++) {
-        const Layer& layer = m_.layer[size_t(group) * g.layers_per_group + i];
+        const Layer* layer = &m_.layer[size_t(group) * g.layers_per_group + i];
+        const bool is_last = group + 1 == job_.last_group && i + 1 == g.layers_in(group);
         if (m_.kv_bf16)
-          attention<uint16_t>(layer, group, i);
+          attention<uint16_t>(*layer, group, i);
         else
-          attention<float>(layer, group, i);
-        mlp(layer);
+          attention<float>(*layer, group, i);
+        mlp(*layer, is_last ? nullptr : layer + 1);
       }
       if (job_.seeds && member_ == 0) stamp(group);
     }
@@ -87,8 +116,27 @@ class Member {
   // Calls `work` with the numbers below `count` that fall to this member; all meet behind it.
   template <class Work>
   void share(int count, const Work& work) {
-    for (int i = team_.take(); i < count; i = team_.take()) work(i);
-    team_.barrier();
+    for (int i = member_; i < count; i = team_.take()) work(i);
+    team_.barrier(&ahead_);
+  }
+
+  // What this member reads first in the product to come is asked for while memory has nothing to do:
+  // here and there in small phases, and at barriers.
+  template <size_t N>
+  void look_ahead(const Matrix* const (&matrices)[N], int rows) {
+    ahead_.clear();
+    if (!Runs::streams(rows)) return;
+    int panels = 0;
+    for (const Matrix* w : matrices) panels += w->panels();
+    const Runs runs(panels, team_.threads(), rows);
+    int begin = runs.begin(member_), end = runs.begin(member_ + 1);
+    for (const Matrix* w : matrices) {
+      const int from = begin > 0 ? begin : 0, to = end < w->panels() ? end : w->panels();
+      if (is_packed(w->format) && from < to)
+        ahead_.add(static_cast<const char*>(w->data) + size_t(from) * w->panel_bytes(),
+                   size_t(to - from) * w->panel_bytes());
+      begin -= w->panels(), end -= w->panels();
+    }
   }
 
   Input input(const Room<float>& x, int width) const {
@@ -115,28 +163,24 @@ class Member {
     share(rows, [&](int r) {
       const float* x = p_.x.data() + size_t(which ? which[r] : r) * ld;
       float* to = p_.normed.data() + size_t(r) * ld;
+      ahead_.ask(kAskLines);
       rms_norm(x, weight.data(), m_.hidden, m_.eps, to);
       prepare(w, to, 0, m_.hidden, in, r);
     });
   }
 
-  // All products of one input; items are runs of panels, long enough to stream.
+  // All products of one input.
   template <size_t N>
   void products(const Output (&outputs)[N], const Input& in, int rows) {
     int panels = 0;
     for (const Output& output : outputs) panels += output.w.panels();
-    const int aim = panels / (team_.threads() * 8), run = rows > 16 || aim < 1 ? 1 : aim;
-    int items = 0;
-    for (const Output& output : outputs) items += (output.w.panels() + run - 1) / run;
-    share(items, [&](int item) {
+    const Runs runs(panels, team_.threads(), rows);
+    share(runs.count(), [&](int run) {
+      int begin = runs.begin(run), end = runs.begin(run + 1);
       for (const Output& output : outputs) {
-        const int of_this = (output.w.panels() + run - 1) / run;
-        if (item < of_this) {
-          const int end = (item + 1) * run < output.w.panels() ? (item + 1) * run : output.w.panels();
-          for (int panel = item * run; panel < end; panel++) multiply(output, panel, in, rows);
-          return;
-        }
-        item -= of_this;
+        const int to = end < output.w.panels() ? end : output.w.panels();
+        for (int panel = begin > 0 ? begin : 0; panel < to; panel++) multiply(output, panel, in, rows);
+        begin -= output.w.panels(), end -= output.w.panels();
       }
     });
   }
@@ -192,22 +236,27 @@ class Member {
   void attention(const Layer& layer, int group, int layer_in_group) {
     const int ldq = padded(m_.heads * m_.head_dim), ldkv = padded(m_.kv_heads * m_.head_dim);
     norm(layer.q, layer.attention_norm, nullptr, p_.rows);
+    look_ahead_at_pages<T>(layer, group, layer_in_group);
     products<3>({{layer.q, layer.q_bias, p_.q.data(), ldq},
                  {layer.k, layer.k_bias, p_.k.data(), ldkv},
                  {layer.v, layer.v_bias, p_.v.data(), ldkv}},
                 input(p_.normed, m_.hidden), p_.rows);
     share(p_.rows, [&](int r) {
+      ahead_.ask(kAskLines);
       rotate_heads(p_.q.data() + size_t(r) * ldq, m_.heads, layer.q_norm, p_.positions[r]);
       rotate_heads(p_.k.data() + size_t(r) * ldkv, m_.kv_heads, layer.k_norm, p_.positions[r]);
       write_row<T>(r, group, layer_in_group);
     });
+    look_ahead({&layer.o}, p_.rows);
     attend<T>(layer, group, layer_in_group);
     share(p_.rows, [&](int r) {
       float* row = p_.attended.data() + size_t(r) * ldq;
       const Tile& tile = p_.tile.data()[p_.tile_of.data()[r]];
+      ahead_.ask(kAskLines);
       if (tile.partials >= 0) merge_spans(m_, p_, tile, layer.window, row);
       prepare(layer.o, row, 0, m_.heads * m_.head_dim, input(p_.attended, m_.heads * m_.head_dim), r);
     });
+    look_ahead({&layer.gate, &layer.up}, p_.rows);
     products<1>({{layer.o, layer.o_bias, p_.x.data(), padded(m_.hidden), true}},
                 input(p_.attended, m_.heads * m_.head_dim), p_.rows);
   }
@@ -229,13 +278,26 @@ class Member {
         attend_span<T>(seen, span, scratch_);
     });
   }
+
+  // The same for the pages that this member looks at first, if the first tile is a single row.
+  template <class T>
+  void look_ahead_at_pages(const Layer& layer, int group, int layer_in_group) {
+    ahead_.clear();
+    const Tile& tile = p_.tile.data()[0];
+    const int head = member_ % m_.kv_heads, span = member_ / m_.kv_heads;
+    if (tile.partials < 0 || span >= span_count(p_.positions[tile.row], layer.window)) return;
+    const Seen seen{m_, pages_, p_, tile, group, layer_in_group, head, layer.window};
+    add_span<T>(seen, span, ahead_);
+  }
+
   int items_of(const Tile& tile) const {
     return m_.kv_heads * (tile.partials < 0 ? 1 : tile.spans);
   }
 
-  void mlp(const Layer& layer) {
+  void mlp(const Layer& layer, const Layer* next) {
     const int ldi = padded(m_.intermediate);
     norm(layer.gate, layer.mlp_norm, nullptr, p_.rows);
+    look_ahead({&layer.down}, p_.rows);
     products<2>({{layer.gate, layer.gate_bias, p_.gate.data(), ldi},
                  {layer.up, layer.up_bias, p_.up.data(), ldi}},
                 input(p_.normed, m_.hidden), p_.rows);
@@ -245,9 +307,16 @@ class Member {
       const int r = item / pieces, begin = item % pieces * kPiece;
       const int end = begin + kPiece < m_.intermediate ? begin + kPiece : m_.intermediate;
       float* row = p_.gate.data() + size_t(r) * ldi;
+      ahead_.ask(kAskLines);
       silu_times(row + begin, p_.up.data() + size_t(r) * ldi + begin, end - begin);
       prepare(layer.down, row, begin, end, in, r);
     });
+    if (next)
+      look_ahead({&next->q, &next->k, &next->v}, p_.rows);
+    else if (job_.count)
+      look_ahead({&m_.head}, job_.count);
+    else
+      ahead_.clear();
     products<1>({{layer.down, layer.down_bias, p_.x.data(), padded(m_.hidden), true}}, in, p_.rows);
   }
 
@@ -265,6 +334,7 @@ class Member {
     }
   }
 
+  static constexpr int kAskLines = 128;  // before an item of a small phase
   static constexpr int kPiece = 8 * kGroupMax;  // columns of one elementwise item
 
   const Job& job_;
@@ -274,6 +344,7 @@ class Member {
   Team& team_;
   const int member_;
   unsigned char* scratch_;
+  Ahead ahead_;
 };
 
 void run(const Job& job, int member) {
@@ -286,12 +357,12 @@ size_t scratch_bytes(const Model& m, int rows) {
   return sums > queries ? sums : queries;
 }
 
-void read(const Model& m, Team& team) {
+void read(const Model& m, Team& team, int member) {
   auto pass_over = [&](const Matrix& w) {
     const unsigned char* data = static_cast<const unsigned char*>(w.data);
     const size_t bytes = w.bytes(), items = size_t(team.threads()) * 8;
     const size_t run = (bytes / items + 63) / 64 * 64 + 64;
-    for (size_t i = size_t(team.take()); i < items; i = size_t(team.take())) {
+    for (size_t i = size_t(member); i < items; i = size_t(team.take())) {
       const size_t begin = i * run < bytes ? i * run : bytes;
       const size_t end = begin + run < bytes ? begin + run : bytes;
       U all[4] = {};

@@ -25,7 +25,7 @@ struct Job {
 
 struct Kernels {
   void (*run)(const Job&, int member);
-  void (*read)(const Model&, Team&);  // all weights, for nothing
+  void (*read)(const Model&, Team&, int member);  // all weights, for nothing
   void (*product)(const Matrix& packed, const float* x, int rows, float* y);
   size_t (*scratch_bytes)(const Model&, int rows);  // of each member
 };

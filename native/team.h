@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "ahead.h"
+
 namespace baton {
 
 constexpr int64_t kSpinNs = 50'000;
@@ -20,7 +22,7 @@ struct alignas(64) Gate {
   std::atomic<uint32_t> word{0};
   std::atomic<int> sleepers{0};
 
-  void await_change(uint32_t seen);
+  void await_change(uint32_t seen, Ahead* meanwhile = nullptr);
   void change();
 };
 
@@ -39,9 +41,10 @@ class Team {
   // Calls `work` once on each member and returns when all are done. One caller at a time.
   void run(Work work, void* context);
 
-  // For members inside `run`. All must come; `take` starts at 0 again behind it.
-  void barrier();
-  // The next item of the present phase: each number once, whoever asks.
+  // For members inside `run`. All must come; a new phase begins behind it. Who waits asks for memory.
+  void barrier(Ahead* meanwhile = nullptr);
+  // The next item of the present phase: each number once, whoever asks, from `threads()` on. The items
+  // below that belong to the members of these numbers.
   int take();
 
  private:
@@ -50,14 +53,14 @@ class Team {
 
   const int threads_;
   const std::vector<int> cores_;
-  int alone_ = 0;
+  int alone_ = 1;
   uint64_t pinned_ = 0;  // the thread that was pinned as member 0
   Work work_ = nullptr;
   void* context_ = nullptr;
   std::vector<std::thread> others_;
   std::atomic<bool> stop_{false};
   Gate run_, phase_;
-  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<int> next_;
   alignas(64) std::atomic<int> arrived_{0};
 };
 
