@@ -128,10 +128,16 @@ void fold_span(Queries& s, const Seen& seen, int span, float scale) {
     if (base + kPageTokens < until) {
       const uint32_t next = seen.page(block + 1);
       const Head<T> then = head_in<T>(seen.pages, next, seen.layer_in_group, seen.head);
-      const size_t groups = high - low <= kFew ? 4 : size_t(high - low + kTogether - 1) / kTogether;
-      s.ask_for(then.k, then.v, size_t(dim) * sizeof(T) * kPageTokens, groups * size_t(s.units));
+      const int turns =
+          are_few<T>(high - low) ? kPageTokens / 16 : (high - low + kTogether - 1) / kTogether;
+      s.ask_for(then.k, then.v, size_t(dim) * sizeof(T) * kPageTokens, size_t(turns * s.units));
     }
-    if (fold_few(s, low, high - low, head.k, head.v, dim, scale)) continue;
+    if constexpr (sizeof(T) == 2) {
+      if (are_few<T>(high - low)) {
+        fold_few(s, low, high - low, head.k, head.v, dim, scale);
+        continue;
+      }
+    }
     turn_keys(head.k, s.units, last, s.keys);
     turn_values(head.v, dim, s.wide, last, s.values);
     for (int r = low; r < high; r += kTogether)  // rows that see the page lie side by side

@@ -7,7 +7,13 @@
 namespace baton {
 namespace {
 
-constexpr int kFew = 8;
+#if defined(__AVX512BW__)
+constexpr int kFew = 8;  // rows whose sums fit the registers
+#else
+constexpr int kFew = 0;
+#endif
+template <class T>
+inline bool are_few(int rows) { return sizeof(T) == 2 && rows <= kFew; }
 
 #if defined(__AVX512BW__)
 
@@ -105,15 +111,14 @@ inline void fold_few_of(Queries& s, int row, int rows, const uint16_t* k, const 
 }
 #endif
 
-// Folds the page at hand into rows that are few; false if it is left to be done otherwise.
-template <class T>
-inline bool fold_few(Queries& s, int row, int rows, const T* k, const T* v, int dim, float scale) {
+// The same for all of `rows` rows, which are few.
+inline void fold_few(Queries& s, int row, int rows, const uint16_t* k, const uint16_t* v, int dim,
+                     float scale) {
 #if defined(__AVX512BW__)
-  if constexpr (sizeof(T) == 2) {
-    if (rows <= kFew) return fold_few_of<kFew>(s, row, rows, k, v, dim, scale), true;
-  }
+  fold_few_of<kFew>(s, row, rows, k, v, dim, scale);
+#else
+  (void)s, (void)row, (void)rows, (void)k, (void)v, (void)dim, (void)scale;
 #endif
-  return false;
 }
 
 }  // namespace
