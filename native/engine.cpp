@@ -80,9 +80,11 @@ void Engine::reserve(int rows) {
   pass_.up.reserve(n * padded(m.intermediate));
   pass_.code_stride = widest_ * 2 + 64;  // bf16 at most; not a multiple of a page
   pass_.group_stride = widest_ / 32;
-  pass_.codes.reserve(n * pass_.code_stride);
-  pass_.scales.reserve(n * pass_.group_stride);
-  pass_.starts.reserve(n * pass_.group_stride);
+  for (Codes* codes : {&pass_.codes, &pass_.gated}) {
+    codes->codes.reserve(n * pass_.code_stride);
+    codes->scales.reserve(n * pass_.group_stride);
+    codes->starts.reserve(n * pass_.group_stride);
+  }
   pass_.tile.reserve(n);
   pass_.tile_of.reserve(n);
   for (int i = 0; i < team_.threads(); i++)

@@ -69,6 +69,13 @@ struct Input {
   int code_stride, group_stride;  // bytes of a row's codes; groups of a row
 };
 
+// Room for rows in the form that a packed matrix wants.
+struct Codes {
+  Room<int8_t> codes;
+  Room<float> scales;
+  Room<int32_t> starts;
+};
+
 // Neighbouring rows of one sequence whose attention is computed together.
 struct Tile {
   int row, count;
@@ -83,10 +90,8 @@ struct Pass {
   const int32_t* positions = nullptr;
   const int32_t* sequence = nullptr;
   const uint32_t* tables = nullptr;  // [sequence][blocks][groups]
-  Room<float> x, normed, q, k, v, attended, gate, up;
-  Room<int8_t> codes;
-  Room<float> scales, partials;
-  Room<int32_t> starts;
+  Room<float> x, normed, q, k, v, attended, gate, up, partials;
+  Codes codes, gated;  // of the input at hand, and of what `down` multiplies
   Room<Tile> tile;
   Room<int> tile_of;  // by row
   int code_stride = 0, group_stride = 0;

@@ -51,13 +51,14 @@ void embed_row(const T* table, int token, int hidden, float* x) {
 
 // --- the pass, one member's share ------------------------------------------------------------------
 
-// A product's results: y[row][n] = sum + bias, or added to what is there.
+// A product's results: y[row][n - from] = sum + bias, or added to what is there.
 struct Output {
   const Matrix& w;
   const std::vector<float>& bias;
   float* y;
   int ld;
   bool add = false;
+  int from = 0;
 };
 
 // Cuts panels into runs. Those of a few rows are read as fast as memory gives: each member begins with
@@ -131,16 +132,21 @@ class Member {
     const Runs runs(panels, team_.threads(), rows);
     int begin = runs.begin(member_), end = runs.begin(member_ + 1);
     for (const Matrix* w : matrices) {
-      const int from = begin > 0 ? begin : 0, to = end < w->panels() ? end : w->panels();
-      if (is_packed(w->format) && from < to)
-        ahead_.add(static_cast<const char*>(w->data) + size_t(from) * w->panel_bytes(),
-                   size_t(to - from) * w->panel_bytes());
+      add_panels(*w, begin, end);
       begin -= w->panels(), end -= w->panels();
     }
   }
+  // Those of the panels [begin, end) that there are.
+  void add_panels(const Matrix& w, int begin, int end) {
+    const int from = begin > 0 ? begin : 0, to = end < w.panels() ? end : w.panels();
+    if (is_packed(w.format) && from < to)
+      ahead_.add(static_cast<const char*>(w.data) + size_t(from) * w.panel_bytes(),
+                 size_t(to - from) * w.panel_bytes());
+  }
 
-  Input input(const Room<float>& x, int width) const {
-    return {x.data(), padded(width), p_.codes.data(), p_.scales.data(), p_.starts.data(),
+  Input input(const Room<float>& x, int width) const { return input(x, width, p_.codes); }
+  Input input(const Room<float>& x, int width, const Codes& codes) const {
+    return {x.data(), padded(width), codes.codes.data(), codes.scales.data(), codes.starts.data(),
             p_.code_stride, p_.group_stride};
   }
 
@@ -178,11 +184,16 @@ class Member {
     share(runs.count(), [&](int run) {
       int begin = runs.begin(run), end = runs.begin(run + 1);
       for (const Output& output : outputs) {
-        const int to = end < output.w.panels() ? end : output.w.panels();
-        for (int panel = begin > 0 ? begin : 0; panel < to; panel++) multiply(output, panel, in, rows);
+        multiply_panels(output, begin, end, in, rows);
         begin -= output.w.panels(), end -= output.w.panels();
       }
     });
+  }
+
+  // Those of the panels [begin, end) that there are.
+  void multiply_panels(const Output& output, int begin, int end, const Input& in, int rows) {
+    const int to = end < output.w.panels() ? end : output.w.panels();
+    for (int panel = begin > 0 ? begin : 0; panel < to; panel++) multiply(output, panel, in, rows);
   }
 
   void multiply(const Output& output, int panel, const Input& in, int rows) {
@@ -194,7 +205,7 @@ class Member {
     for (int n = 0; n < count; n += 16) {
       const int some = count - n < 16 ? count - n : 16;
       const V by = bias ? widen_some(bias + n, some) : V{};
-      float* to = output.y + first + n;
+      float* to = output.y + (first - output.from) + n;
       for (int r = 0; r < rows; r++, to += output.ld) {
         V sum = load(sums + size_t(r) * kPanelRows + n);
         if (bias) sum = sum + by;
@@ -256,7 +267,7 @@ class Member {
       if (tile.partials >= 0) merge_spans(m_, p_, tile, layer.window, row);
       prepare(layer.o, row, 0, m_.heads * m_.head_dim, input(p_.attended, m_.heads * m_.head_dim), r);
     });
-    look_ahead({&layer.gate, &layer.up}, p_.rows);
+    look_ahead_at_gated(layer);
     products<1>({{layer.o, layer.o_bias, p_.x.data(), padded(m_.hidden), true}},
                 input(p_.attended, m_.heads * m_.head_dim), p_.rows);
   }
@@ -295,29 +306,61 @@ class Member {
   }
 
   void mlp(const Layer& layer, const Layer* next) {
-    const int ldi = padded(m_.intermediate);
     norm(layer.gate, layer.mlp_norm, nullptr, p_.rows);
     look_ahead({&layer.down}, p_.rows);
-    products<2>({{layer.gate, layer.gate_bias, p_.gate.data(), ldi},
-                 {layer.up, layer.up_bias, p_.up.data(), ldi}},
-                input(p_.normed, m_.hidden), p_.rows);
-    const Input in = input(p_.gate, m_.intermediate);
-    const int pieces = (m_.intermediate + kPiece - 1) / kPiece;
-    share(p_.rows * pieces, [&](int item) {
-      const int r = item / pieces, begin = item % pieces * kPiece;
-      const int end = begin + kPiece < m_.intermediate ? begin + kPiece : m_.intermediate;
-      float* row = p_.gate.data() + size_t(r) * ldi;
-      ahead_.ask(kAskLines);
-      silu_times(row + begin, p_.up.data() + size_t(r) * ldi + begin, end - begin);
-      prepare(layer.down, row, begin, end, in, r);
-    });
+    gated(layer);
     if (next)
       look_ahead({&next->q, &next->k, &next->v}, p_.rows);
     else if (job_.count)
       look_ahead({&m_.head}, job_.count);
     else
       ahead_.clear();
-    products<1>({{layer.down, layer.down_bias, p_.x.data(), padded(m_.hidden), true}}, in, p_.rows);
+    products<1>({{layer.down, layer.down_bias, p_.x.data(), padded(m_.hidden), true}},
+                input(p_.gate, m_.intermediate, p_.gated), p_.rows);
+  }
+
+  // Columns of gate and up that one member computes together: whole panels, and whole groups of down.
+  static int unit(const Layer& layer) {
+    return is_integer(layer.down.format) && layer.down.group > kPanelRows ? layer.down.group : kPanelRows;
+  }
+  Runs gated_runs(const Layer& layer) const {
+    const int columns = unit(layer);
+    return Runs((m_.intermediate + columns - 1) / columns, team_.threads(), p_.rows);
+  }
+  void look_ahead_at_gated(const Layer& layer) {
+    ahead_.clear();
+    if (!Runs::streams(p_.rows)) return;
+    const Runs runs = gated_runs(layer);
+    const int panels = unit(layer) / kPanelRows;
+    const int begin = runs.begin(member_) * panels, end = runs.begin(member_ + 1) * panels;
+    add_panels(layer.gate, begin, end);
+    add_panels(layer.up, begin, end);
+  }
+
+  // gate = silu(gate) * up, ready for the product with down. Of many rows a unit's columns stay in the
+  // member's own room, and only what down multiplies is written.
+  void gated(const Layer& layer) {
+    const Runs runs = gated_runs(layer);
+    const int columns = unit(layer), panels = columns / kPanelRows;
+    const Input in = input(p_.normed, m_.hidden), out = input(p_.gate, m_.intermediate, p_.gated);
+    const bool own = !Runs::streams(p_.rows) && is_packed(layer.down.format);
+    float* room = reinterpret_cast<float*>(scratch_) + size_t(p_.rows) * kPanelRows;
+    share(runs.count(), [&](int run) {
+      const int first = runs.begin(run) * panels, last = runs.begin(run + 1) * panels;
+      const int begin = first * kPanelRows;
+      const int end = last * kPanelRows < m_.intermediate ? last * kPanelRows : m_.intermediate;
+      const int from = own ? begin : 0, ld = own ? columns : padded(m_.intermediate);
+      float* gate = own ? room : p_.gate.data();
+      float* up = own ? room + size_t(p_.rows) * columns : p_.up.data();
+      if (own && end - begin < columns) std::memset(room, 0, size_t(p_.rows) * columns * 2 * sizeof(float));
+      multiply_panels({layer.gate, layer.gate_bias, gate, ld, false, from}, first, last, in, p_.rows);
+      multiply_panels({layer.up, layer.up_bias, up, ld, false, from}, first, last, in, p_.rows);
+      for (int r = 0; r < p_.rows; r++) {
+        float* row = gate + size_t(r) * ld + (begin - from);
+        silu_times(row, up + size_t(r) * ld + (begin - from), end - begin);
+        prepare(layer.down, row, begin, end, out, r);
+      }
+    });
   }
 
   void logits() {
@@ -335,7 +378,6 @@ class Member {
   }
 
   static constexpr int kAskLines = 128;  // before an item of a small phase
-  static constexpr int kPiece = 8 * kGroupMax;  // columns of one elementwise item
 
   const Job& job_;
   const Model& m_;
@@ -353,7 +395,8 @@ void run(const Job& job, int member) {
 }
 
 size_t scratch_bytes(const Model& m, int rows) {
-  const size_t sums = size_t(rows) * kPanelRows * sizeof(float), queries = Queries::bytes(m.head_dim);
+  const size_t columns = kPanelRows + 2 * kGroupMax;  // a panel's sums, and a unit of gate and up
+  const size_t sums = size_t(rows) * columns * sizeof(float), queries = Queries::bytes(m.head_dim);
   return sums > queries ? sums : queries;
 }
 

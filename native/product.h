@@ -58,18 +58,18 @@ inline void quantise_group(const float* x, int group, int zero, int8_t* codes, f
   *start = kOffset ? -zero * sum(total) : 0;
 }
 
-// Brings columns [begin, end) of one row into the form that `w` multiplies; x is padded with zeros.
+// Brings columns [begin, end) of one row into the form that `w` multiplies. x: these columns, padded
+// with zeros.
 void prepare(const Matrix& w, const float* x, int begin, int end, const Input& in, int row) {
+  int8_t* codes = in.codes + size_t(row) * in.code_stride;
   if (w.format == Format::kPackedBF16) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(in.codes + size_t(row) * in.code_stride);
-    for (int k = begin; k < end; k += 16) narrow(load(x + k), to + k);
+    uint16_t* to = reinterpret_cast<uint16_t*>(codes) + begin;
+    for (int k = 0; k < end - begin; k += 16) narrow(load(x + k), to + k);
   } else if (is_integer(w.format)) {
     const int zero = w.format == Format::kPackedInt8 ? 128 : 8;
-    for (int g = begin / w.group; g * w.group < end; g++) {
-      const size_t at = size_t(row) * in.group_stride + g;
-      quantise_group(x + g * w.group, w.group, zero,
-                     in.codes + size_t(row) * in.code_stride + g * w.group, in.scales + at,
-                     in.starts + at);
+    for (int k = begin; k < end; k += w.group) {
+      const size_t at = size_t(row) * in.group_stride + k / w.group;
+      quantise_group(x + (k - begin), w.group, zero, codes + k, in.scales + at, in.starts + at);
     }
   }
 }
