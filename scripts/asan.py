@@ -18,13 +18,13 @@ def build() -> None:
     """Installs a second copy of the package into `SITE`."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
     command += ["-c", "constraints.txt", "--target", str(SITE), "."]
-    options = [
-        "-C",
+    settings = [  # in the long form: Debian's pip has no -C
         "cmake.define.BATON_ADDRESS_SANITIZER=ON",
-        "-C",
         "build-dir=build/asan-objects",
+        "install.strip=false",
     ]
-    subprocess.run([*command, *options, "-C", "install.strip=false"], check=True)
+    options = [f"--config-settings={setting}" for setting in settings]
+    subprocess.run([*command, *options], check=True)
 
 
 def library(name: str) -> str:
