@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.bench.engine import gguf, weights
+from baton.bench.engine.once import make_once
 from baton.bench.engine.shapes import Shape
 
 VERSION = 2  # of what is made; another number makes everything again
@@ -27,15 +28,7 @@ class Cache:
     def entry(self, name: str, make: Callable[[Path], None]) -> Path:
         """A directory that `make` has filled, now or in an earlier run."""
         path = self.place(name)
-        if not path.is_dir():
-            made = self.root / f".making-{os.getpid()}-{name}"
-            shutil.rmtree(made, ignore_errors=True)
-            made.mkdir()
-            try:
-                make(made)
-                made.rename(path)
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
+        if make_once(path, make):
             self._shrink()
         os.utime(path)
         return path

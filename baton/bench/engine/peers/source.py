@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from baton.bench.engine.once import make_once
 from baton.bench.engine.weights import widen
 
 
@@ -41,13 +40,5 @@ class Source(Mapping[str, NDArray[np.float32]]):
 def converted(path: str, make: Callable[[Path], None]) -> Path:
     """A directory that `make` has filled, now or in an earlier run."""
     place = Path(path)
-    if not place.is_dir():
-        made = place.with_name(f".making-{os.getpid()}-{place.name}")
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        try:
-            make(made)
-            made.rename(place)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+    make_once(place, make)
     return place
