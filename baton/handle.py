@@ -20,7 +20,7 @@ from typing import Any
 from baton.closing import Closing
 from baton.cluster import ClusterSpec, variables_of
 from services.ops.config import as_arguments
-from services.ops.errors import BatonError
+from services.ops.errors import BatonError, ConfigError
 from services.ops.private import private_directory
 
 STATE_FILE = "supervisor.json"
@@ -146,8 +146,12 @@ def _decodes(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def wanted_decodes(run_dir: Path) -> int:
-    """What `scale` has asked for last."""
-    return int(json.loads((run_dir / SCALE_FILE).read_text())["decode"])
+    """What `scale` has asked for last. Raises ConfigError when nobody has, or not in these words."""
+    path = run_dir / SCALE_FILE
+    try:
+        return int(json.loads(path.read_text())["decode"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"decode: {path} does not say how many: {error}") from None
 
 
 class SupervisorHandle(Closing):

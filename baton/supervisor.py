@@ -140,6 +140,11 @@ class Child:
         if self.spec.spare and other._spare is not None and self._spare is None:
             self._spare, other._spare, self._lender = other._spare, None, other
 
+    def repay(self) -> None:
+        """Has whoever lent a spare make itself another."""
+        if self._lender is not None:
+            self._lender._keep()
+
     async def _live(self) -> int:
         """One life of the process; gives its exit status, negative for a signal."""
         with self.log_file.open("ab") as errors:
@@ -162,8 +167,7 @@ class Child:
                 self.ready.set()
                 self.changed()
                 self._keep()
-                if self._lender is not None:
-                    self._lender._keep()
+                self.repay()
 
     def _wake_spare(self) -> asyncio.subprocess.Process | None:
         """The spare, told to go to work; None if there is none or it is dead."""
@@ -256,12 +260,18 @@ class Supervisor:
         if self.asked.is_set():
             self.asked.clear()
             await self._scale()
+            self._on_change()
 
     async def _scale(self) -> None:
         """Starts the decodes that are missing, from spares while there are any, and ends what is more
         than was asked for. The streams of those are taken over as after a death."""
-        self.spec = dataclasses.replace(self.spec, decode=wanted_decodes(self.spec.path))
-        planned = {p.name: p for p in self._plan(self.spec) if p.role == "decode"}
+        try:
+            spec = dataclasses.replace(self.spec, decode=wanted_decodes(self.spec.path))
+            planned = {p.name: p for p in self._plan(spec) if p.role == "decode"}
+        except ConfigError as error:
+            _logger.error("not scaled", reason=str(error))
+            return
+        self.spec = spec
         present = {c.spec.name: c for c in self.children if c.spec.role == "decode"}
         for name in planned.keys() - present.keys():
             child = self._child(planned[name])
@@ -272,14 +282,14 @@ class Supervisor:
         for name in present.keys() - planned.keys():
             self.children.remove(present[name])
             await present[name].stop(self._tasks.pop(name))
-        self._on_change()
 
     async def _run_added(self, child: Child) -> None:
         """A worker that cannot be added leaves the others alone."""
         try:
             await child.run()
-        except StartFailed as error:
+        except (StartFailed, OSError) as error:  # OSError: the system has no room for a process
             _logger.error("not added", name=child.spec.name, reason=str(error))
+            child.repay()
             self.children.remove(child)
             del self._tasks[child.spec.name]
             self._on_change()

@@ -317,6 +317,62 @@ def test_a_decode_that_cannot_be_added_leaves_the_others_alone(tmp_path: Path) -
     asyncio.run(supervised(ClusterSpec(run_dir=str(tmp_path), decode=3), body, many))
 
 
+def test_a_spare_that_was_lent_in_vain_is_made_again(tmp_path: Path) -> None:
+    """The added decode dies of its start; whose spare it was keeps another."""
+
+    def plan(spec: ClusterSpec) -> list[ProcessSpec]:
+        first = dataclasses.replace(
+            process("decode-0"), spare=(sys.executable, "-S", "-c", f"input(); {CRASH}")
+        )
+        second = dataclasses.replace(first, name="decode-1")
+        return [process("scheduler", LIVE % 7, "scheduler"), first, second][: 1 + spec.decode]
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        lent = await spare_of(supervisor.children[1])
+        assert await ask(supervisor, watch, 2) == ["decode-0"]
+        assert await spare_of(supervisor.children[1]) != lent
+
+    asyncio.run(supervised(ClusterSpec(run_dir=str(tmp_path), decode=1), body, plan))
+
+
+@pytest.mark.parametrize("words", [None, "", "[]", "{}", '{"decode": "many"}', '{"decode": 0}'])
+def test_a_wish_that_cannot_be_read_changes_nothing(tmp_path: Path, words: str | None) -> None:
+    """Whoever sends the signal, with or without a file: the cluster is as it was."""
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        pids = [child.pid for child in supervisor.children]
+        if words is not None:
+            (tmp_path / "scale.json").write_text(words)
+        supervisor.asked.set()
+        await watch.until(lambda: not supervisor.asked.is_set())
+        assert await ask(supervisor, watch, 2) == ["decode-0", "decode-1"]
+        assert [child.pid for child in supervisor.children[:2]] == pids
+
+    asyncio.run(supervised(ClusterSpec(run_dir=str(tmp_path), decode=1), body, many))
+
+
+def test_a_decode_without_room_for_a_process_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses to make one."""
+
+    async def body(supervisor: Supervisor, watch: Watch) -> None:
+        pids = [child.pid for child in supervisor.children]
+
+        async def refused(*_: object, **__: object) -> None:
+            raise BlockingIOError("Resource temporarily unavailable")
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", refused)
+        assert await ask(supervisor, watch, 2) == ["decode-0"]
+        assert [child.pid for child in supervisor.children] == pids
+
+    def plan(spec: ClusterSpec) -> list[ProcessSpec]:
+        decodes = [process(f"decode-{n}") for n in range(spec.decode)]
+        return [process("scheduler", LIVE % 7, "scheduler"), *decodes]
+
+    asyncio.run(supervised(ClusterSpec(run_dir=str(tmp_path), decode=1), body, plan))
+
+
 def test_one_supervisor_per_run_dir(tmp_path: Path) -> None:
     """A second one is refused before it touches anything."""
     with exclusive(tmp_path), pytest.raises(ConfigError, match="run_dir"), exclusive(tmp_path):
