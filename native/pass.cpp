@@ -411,7 +411,7 @@ void read(const Model& m, Team& team, int member) {
       U all[4] = {};
       for (size_t at = begin; at + 256 <= end; at += 256) {
         for (int j = 0; j < 4; j++) {
-          __builtin_prefetch(data + at + 64 * j + kAhead);
+          __builtin_prefetch(data + at + 64 * j + kAheadNear, 0, 2);
           all[j] |= load_as<U>(data + at + 64 * j);
         }
       }
