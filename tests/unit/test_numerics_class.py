@@ -12,6 +12,7 @@ from baton.cluster import ClusterSpec, processes
 from baton.supervisor import with_prefill_class
 from services.engine.identity import NATIVE_NUMERICS, identify, numerics_of
 from services.engine.load import Weights, load_backend, require_numerics
+from services.engine.weights.names import ROUNDING_VERSION
 from services.kv.heap import HeapPages
 from services.ops.errors import ConfigError, LayoutMismatch
 
@@ -68,7 +69,7 @@ def test_a_worker_of_another_format_is_refused(tmp_path: Path) -> None:
         with pytest.raises(LayoutMismatch, match="int8"):
             require_numerics(backend, other)
     plain = load_backend("torch-cpu", "models/pico", config.config, pages, int8)
-    assert plain.numerics.endswith("/int8-1")
+    assert plain.numerics.endswith(f"/int8-{ROUNDING_VERSION}")
 
 
 def test_a_cluster_tells_every_process_the_format() -> None:

@@ -150,8 +150,9 @@ def test_a_file_of_another_recipe_is_refused(loaded: Loaded, tmp_path: Path) -> 
     others = [
         replace(recipe, weights="cd" * 32), replace(recipe, packing=recipe.packing + 1),
         replace(recipe, rounding=recipe.rounding + 1), replace(recipe, format="int8"),
+        replace(recipe, group=32), replace(recipe, head_group=64),
     ]  # fmt: skip
-    assert len({recipe.file_name, *(other.file_name for other in others)}) == 5
+    assert len({recipe.file_name, *(other.file_name for other in others)}) == 7
     for other in others:
         with pytest.raises(BadPack, match="another recipe"):
             packedfile.attach(path_of(tmp_path), other)
@@ -234,6 +235,6 @@ def test_the_cache_follows_the_user_s_settings() -> None:
 def test_a_recipe_is_part_of_the_name() -> None:
     """So that several formats and versions lie beside each other."""
     assert (
-        Recipe("0123456789abcdef01", "int4", 1, 2).file_name
-        == "0123456789abcdef-int4-p1-r2.weights"
+        Recipe("0123456789abcdef01", "int4", 64, 32, 1, 2).file_name
+        == "0123456789abcdef-int4-g64h32-p1-r2.weights"
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.engine.checkpoint import LM_HEAD
 from services.engine.errors import ModelError
 from services.engine.packed import PackedMatrix
 from services.engine.weights.formats import (
@@ -22,6 +24,8 @@ from services.engine.weights.formats import (
     quantise_rows,
     round_to_bf16,
 )
+from services.engine.weights.names import ROUNDING_VERSION
+from services.engine.weights.plan import group_of
 from services.engine.weights.rounding import SLICE_GROUPS, quantise
 
 every_format = pytest.mark.parametrize("format", sorted(CODE_RANGE))
@@ -84,6 +88,20 @@ def test_int4_is_better_than_rounding_to_the_largest_weight(seed: int) -> None:
     scale = np.abs(by_group).max(-1, keepdims=True) / 7
     plain = (np.rint(by_group / scale).clip(-8, 7) * scale).reshape(weights.shape)
     assert np.square(searched - weights).sum() < 0.9 * np.square(plain - weights).sum()
+
+
+@pytest.mark.parametrize(
+    ("format", "tensor", "codes"),
+    [("int8", "", 1217217764), ("int8", LM_HEAD, 641457102), ("int4", "", 3760511173)],
+)
+def test_other_codes_are_another_version(format: str, tensor: str, codes: int) -> None:
+    """Two hosts whose codes differ must not call their weights by one name: who changes what this test
+    pins raises ROUNDING_VERSION."""
+    numbers = (np.arange(96 * 320, dtype=np.uint32) * np.uint32(2654435761)).astype(np.int32)
+    weights = numbers.astype(np.float32).reshape(96, 320) / np.float32(2**31)
+    matrix = quantise(format, weights * weights * weights, group_of(format, tensor))
+    found = zlib.crc32(matrix.codes.tobytes() + matrix.scales.tobytes())
+    assert (ROUNDING_VERSION, found) == (2, codes)
 
 
 @every_format

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from services.engine.checkpoint import WeightView
+from services.engine.checkpoint import LM_HEAD, WeightView
 from services.engine.errors import ModelError
 from services.engine.model import ModelConfig
 from services.engine.packed import PACK_VERSION, PackedMatrix
@@ -24,7 +24,7 @@ from services.engine.weights import packedfile
 from services.engine.weights.formats import F32, QuantisedMatrix, round_to_bf16
 from services.engine.weights.names import FORMATS, ROUNDING_VERSION
 from services.engine.weights.packedfile import BadPack, Recipe
-from services.engine.weights.plan import Item, items, slabs
+from services.engine.weights.plan import Item, group_of, items, slabs
 from services.engine.weights.progress import progress
 from services.engine.weights.rounding import quantise
 from services.ops import log
@@ -43,7 +43,8 @@ def default_directory(environ: Mapping[str, str] = os.environ) -> Path:
 def recipe_of(digest: str, format: str) -> Recipe:
     """How weights with this digest are packed now."""
     assert format in FORMATS[1:]
-    return Recipe(digest, format, PACK_VERSION, ROUNDING_VERSION)
+    groups = group_of(format), group_of(format, LM_HEAD)
+    return Recipe(digest, format, *groups, PACK_VERSION, ROUNDING_VERSION)
 
 
 def obtain(

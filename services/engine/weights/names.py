@@ -9,7 +9,7 @@ from services.ops.errors import ConfigError
 
 AS_IS = "as-is"
 FORMATS = (AS_IS, "bf16", "int8", "int4")
-ROUNDING_VERSION = 1  # raise it when the same weights give other codes
+ROUNDING_VERSION = 2  # raise it when the same weights give other codes
 
 
 def weights_class(format: str) -> str:

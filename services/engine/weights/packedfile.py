@@ -46,19 +46,22 @@ class BadPack(Exception):
 class Recipe:
     """What packed weights are made from, and how: equal recipes give equal files.
 
-    weights: `Checkpoint.digest()`. packing: the version of a packed matrix's layout. rounding: that
-    of the quantiser.
+    weights: `Checkpoint.digest()`. group, head_group: columns under one scale, 0 without scales.
+    packing: the version of a packed matrix's layout. rounding: that of the quantiser.
     """
 
     weights: str
     format: str
+    group: int
+    head_group: int
     packing: int
     rounding: int
 
     @property
     def file_name(self) -> str:
+        groups = f"g{self.group}h{self.head_group}"
         version = f"p{self.packing}-r{self.rounding}"
-        return f"{self.weights[:16]}-{self.format}-{version}.weights"
+        return f"{self.weights[:16]}-{self.format}-{groups}-{version}.weights"
 
 
 def write(path: Path, recipe: Recipe, names: list[str], matrices: Iterable[PackedMatrix]) -> None:

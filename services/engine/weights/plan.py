@@ -30,9 +30,12 @@ class Item:
 
     @property
     def group(self) -> int:
-        return (
-            HEAD_GROUP if self.tensor == LM_HEAD and self.format != "bf16" else GROUPS[self.format]
-        )
+        return group_of(self.format, self.tensor)
+
+
+def group_of(format: str, tensor: str = "") -> int:
+    """Columns under one scale; the head has its own number of them."""
+    return HEAD_GROUP if tensor == LM_HEAD and format != "bf16" else GROUPS[format]
 
 
 def items(config: ModelConfig, format: str) -> list[Item]:
