@@ -48,17 +48,6 @@ float widened(uint16_t bits, bool half) {
 
 }  // namespace
 
-int Matrix::groups() const {
-  const int width = format == Format::kPackedBF16 ? 2 : group;
-  return (cols + width - 1) / width;
-}
-
-size_t Matrix::group_bytes() const {
-  if (format == Format::kPackedBF16) return kPanelRows * 4;
-  const size_t codes = size_t(group) * kPanelRows;
-  return kScaleBytes + (format == Format::kPackedInt8 ? codes : codes / 2);
-}
-
 void pack_int(const Matrix& m, const int8_t* codes, const uint16_t* scales, unsigned char* out) {
   const int groups = m.groups();
   const unsigned char none = m.format == Format::kPackedInt8 ? 0x80 : 0x88;

@@ -39,9 +39,16 @@ struct Matrix {
   int rows = 0, cols = 0, group = 0;
 
   int panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
-  // Groups of columns, or for bf16 pairs of them.
-  int groups() const;
-  size_t group_bytes() const;
+  // Groups of columns, or for bf16 pairs of them. A group is a power of two.
+  int groups() const {
+    const int shift = format == Format::kPackedBF16 ? 1 : __builtin_ctz(unsigned(group));
+    return (cols + (1 << shift) - 1) >> shift;
+  }
+  size_t group_bytes() const {
+    if (format == Format::kPackedBF16) return kPanelRows * 4;
+    const size_t codes = size_t(group) * kPanelRows;
+    return kScaleBytes + (format == Format::kPackedInt8 ? codes : codes / 2);
+  }
   size_t panel_bytes() const { return size_t(groups()) * group_bytes(); }
   size_t packed_bytes() const { return size_t(panels()) * panel_bytes(); }
   size_t bytes() const {

@@ -212,6 +212,7 @@ inline void tile_of(const Matrix& w, const unsigned char* at, int begin, int end
 inline int tile_height(const Matrix& w, int rows) {
   const bool bf16 = w.format == Format::kPackedBF16;
   const int most = bf16 ? kBf16Rows : rows <= kIntRowsAtOnce ? kIntRowsAtOnce : kIntRows;
+  if (rows <= most) return rows;
   const int tiles = (rows + most - 1) / most;
   return (rows + tiles - 1) / tiles;
 }
@@ -219,10 +220,10 @@ inline int tile_height(const Matrix& w, int rows) {
 // sums[rows][32]: one panel times all rows. A block of the panel stays in the cache for all rows, and
 // each tile asks for its share of the block behind it, so that memory is busy all the time.
 void packed_panel(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
-  const int height = tile_height(w, rows), tiles = (rows + height - 1) / height;
+  const int height = tile_height(w, rows), tiles = height < rows ? (rows + height - 1) / height : 1;
   const int width = w.format == Format::kPackedBF16 ? 2 : w.group, groups = w.groups();
   const int block = tiles == 1 ? groups : kBlockColumns / width;
-  const size_t step = (64 + size_t(tiles) - 1) / size_t(tiles), ahead = ahead_of(w, rows);
+  const size_t step = tiles == 1 ? 64 : (64 + size_t(tiles) - 1) / size_t(tiles), ahead = ahead_of(w, rows);
   const unsigned char* at = static_cast<const unsigned char*>(w.data) + size_t(panel) * w.panel_bytes();
   for (int begin = 0; begin < groups; begin += block) {
     const int end = begin + block < groups ? begin + block : groups;
