@@ -104,11 +104,28 @@ void load_queries(Queries& s, const Seen& seen) {
   }
 }
 
+// Which memory is asked for while the page of `block` is folded. A few rows go over it once, `turns` is 0:
+// its V and the next page's K lie half a page ahead of what is read. More rows turn it first.
+template <class T>
+void ask_ahead(Queries& s, const Seen& seen, int block, int turns) {
+  const size_t bytes = size_t(seen.m.head_dim) * sizeof(T) * kPageTokens;
+  auto head = [&](int at) {
+    return head_in<T>(seen.pages, seen.page(at), seen.layer_in_group, seen.head);
+  };
+  s.ahead.clear();
+  if (!turns) s.ahead.add(head(block).v, bytes);
+  if ((block + 1) * kPageTokens >= seen.end(seen.tile.count - 1)) return;
+  s.ahead.add(head(block + 1).k, bytes);
+  if (!turns) return;
+  s.ahead.add(head(block + 1).v, bytes);
+  const size_t calls = size_t(turns) * size_t(s.units);
+  s.ask_lines = int((2 * bytes / 64 + calls - 1) / calls);
+}
+
 // Folds the pages of one span into every query row of the tile that sees any of it.
 template <class T>
 void fold_span(Queries& s, const Seen& seen, int span, float scale) {
   const int rows = seen.tile.count * seen.repeat(), dim = seen.m.head_dim;
-  const int until = seen.end(seen.tile.count - 1);
   std::memset(s.out, 0, size_t(rows) * s.wide * 4);
   for (int r = 0; r < rows; r++) s.top[r] = -INFINITY, s.sum[r] = 0;
   for (int block = span * kSpanPages; block < (span + 1) * kSpanPages; block++) {
@@ -125,15 +142,10 @@ void fold_span(Queries& s, const Seen& seen, int span, float scale) {
     }
     if (low >= high) continue;
     const Head<T> head = head_in<T>(seen.pages, seen.page(block), seen.layer_in_group, seen.head);
-    if (base + kPageTokens < until) {
-      const uint32_t next = seen.page(block + 1);
-      const Head<T> then = head_in<T>(seen.pages, next, seen.layer_in_group, seen.head);
-      const int turns =
-          are_few<T>(high - low) ? kPageTokens / 16 : (high - low + kTogether - 1) / kTogether;
-      s.ask_for(then.k, then.v, size_t(dim) * sizeof(T) * kPageTokens, size_t(turns * s.units));
-    }
+    const bool few = are_few<T>(high - low);
+    ask_ahead<T>(s, seen, block, few ? 0 : (high - low + kTogether - 1) / kTogether);
     if constexpr (sizeof(T) == 2) {
-      if (are_few<T>(high - low)) {
+      if (few) {
         fold_few(s, low, high - low, head.k, head.v, dim, scale);
         continue;
       }

@@ -39,7 +39,7 @@ __attribute__((noinline)) void score_few(Queries& s, int row, const uint16_t* k,
       transpose(block, turned);
       BATON_EACH (int i = 0; i < 16; i++) {
         if (i == left) break;
-        s.ask_some();
+        s.ahead.ask(1);  // a line of K and one of V lie ahead of each
         BATON_EACH (int m = 0; m < M; m++)
           sum[m] = dot_bf16(sum[m], turned[i], splat_at(s.q + size_t(row + m) * s.wide + u + i));
       }
@@ -62,6 +62,7 @@ __attribute__((noinline)) void weigh_few(Queries& s, int row, const uint16_t* v,
     acc[m][1] = both ? load(out + 16) * splat(keep[m]) : V{};
   }
   for (int t = begin / 2 * 2; t < end; t += 2) {
+    s.ahead.ask(2);
     const uint16_t* at = v + size_t(t) * dim + d;
     const W even = (W)_mm512_maskz_loadu_epi16(there, at);
     const W odd = (W)_mm512_maskz_loadu_epi16(t + 1 < end ? there : 0, at + dim);

@@ -1,6 +1,7 @@
 // Query rows and one page of one KV head: scores, a running softmax, weighted values.
 #pragma once
 
+#include "ahead.h"
 #include "lanes.h"
 #include "model.h"
 
@@ -121,21 +122,8 @@ struct Queries {
   float *top, *sum, *total_top, *total_sum;
   int *first, *last;  // the tokens of the page at hand that the row sees
   int units, wide;    // wide: padded to lanes
-  const char *ask[2] = {};  // the next page's K and V, asked for a few lines at a time
-  size_t ask_lines = 0, ask_step = 0;
-
-  // Asks for all of both in `times` calls of ask_some().
-  void ask_for(const void* k, const void* v, size_t bytes, size_t times) {
-    ask[0] = static_cast<const char*>(k), ask[1] = static_cast<const char*>(v);
-    ask_lines = bytes / 64;
-    ask_step = (ask_lines + times - 1) / times;
-  }
-  void ask_some() {
-    if (!ask_lines) return;
-    for (size_t i = 0; i < ask_step; i++, ask[0] += 64, ask[1] += 64)
-      __builtin_prefetch(ask[0], 0, 2), __builtin_prefetch(ask[1], 0, 2);  // the nearest has no room
-    ask_lines -= ask_step < ask_lines ? ask_step : ask_lines;
-  }
+  Ahead ahead;         // the K and V that come next
+  int ask_lines = 0;   // of them, for each unit of the keys at hand
 
   static size_t bytes(int dim) {
     const size_t wide = size_t(to_lanes(dim));
@@ -236,7 +224,7 @@ template <class T, int M>
 __attribute__((noinline)) void fold(Queries& s, int row, float scale) {
   V score[M][4] = {};
   for (int u = 0; u < s.units; u++) {
-    s.ask_some();
+    s.ahead.ask(s.ask_lines);
     U key[4];
     BATON_EACH (int i = 0; i < 4; i++) key[i] = load_as<U>(s.keys + size_t(u) * kPageTokens + 16 * i);
     BATON_EACH (int m = 0; m < M; m++) {
