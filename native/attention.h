@@ -75,6 +75,7 @@ struct Seen {
   const Pass& pass;
   const Tile& tile;
   int group, layer_in_group, head, window;
+  const void* keys_after = nullptr;  // what the thread will read after these pages, if that is known
 
   int repeat() const { return m.heads / m.kv_heads; }
   int end(int token) const { return pass.positions[tile.row + token] + 1; }
@@ -114,7 +115,12 @@ void ask_ahead(Queries& s, const Seen& seen, int block, int turns) {
   };
   s.ahead.clear();
   if (!turns) s.ahead.add(head(block).v, bytes);
-  if ((block + 1) * kPageTokens >= seen.end(seen.tile.count - 1)) return;
+  const bool is_last = (block + 1) * kPageTokens >= seen.end(seen.tile.count - 1) ||
+                       (seen.tile.partials >= 0 && (block + 1) % kSpanPages == 0);
+  if (is_last) {
+    if (!turns && seen.keys_after) s.ahead.add(seen.keys_after, bytes);
+    return;
+  }
   s.ahead.add(head(block + 1).k, bytes);
   if (!turns) return;
   s.ahead.add(head(block + 1).v, bytes);
@@ -155,6 +161,14 @@ void fold_span(Queries& s, const Seen& seen, int span, float scale) {
     for (int r = low; r < high; r += kTogether)  // rows that see the page lie side by side
       fold_some<T, kTogether>(s, r, high - r, scale);
   }
+}
+
+// The keys that are read first: of a tile, or of one span of a single row.
+template <class T>
+const void* first_keys(const Seen& seen, int span) {
+  const int from = seen.begin(0) / kPageTokens;
+  const int block = (first_span(seen.end(0) - 1, seen.window) + span) * kSpanPages;
+  return head_in<T>(seen.pages, seen.page(block > from ? block : from), seen.layer_in_group, seen.head).k;
 }
 
 // A partial of a single row: [heads][spans] of {out[wide], top, sum, 14 floats of padding}.

@@ -278,16 +278,29 @@ class Member {
     int tile = 0, before = 0;  // where the last item was: numbers only rise
     int items = 0;
     for (int i = 0; i < p_.tiles; i++) items += items_of(p_.tile.data()[i]);
-    share(items, [&](int item) {
+    auto find = [&](int item, int& tile, int& before) {
       while (item - before >= items_of(p_.tile.data()[tile]))
         before += items_of(p_.tile.data()[tile++]);
-      const Tile& at = p_.tile.data()[tile];
-      const int head = (item - before) % m_.kv_heads, span = (item - before) / m_.kv_heads;
-      const Seen seen{m_, pages_, p_, at, group, layer_in_group, head, layer.window};
-      if (at.partials < 0) return attend_tile<T>(seen, scratch_);
-      if (span < span_count(p_.positions[at.row], layer.window))
-        attend_span<T>(seen, span, scratch_);
+      const int head = (item - before) % m_.kv_heads;
+      return Seen{m_, pages_, p_, p_.tile.data()[tile], group, layer_in_group, head, layer.window};
+    };
+    share(items, [&](int item) {
+      Seen seen = find(item, tile, before);
+      const int span = (item - before) / m_.kv_heads;
+      if (const int next = item + team_.threads(); next < items) {  // most likely this member's
+        int at = tile, from = before;
+        const Seen then = find(next, at, from);
+        if (holds(then.tile, (next - from) / m_.kv_heads, layer.window))
+          seen.keys_after = first_keys<T>(then, (next - from) / m_.kv_heads);
+      }
+      if (seen.tile.partials < 0) return attend_tile<T>(seen, scratch_);
+      if (holds(seen.tile, span, layer.window)) attend_span<T>(seen, span, scratch_);
     });
+  }
+
+  // Whether the tile's rows see any of the span; a tile of several rows has one item for all of them.
+  bool holds(const Tile& tile, int span, int window) const {
+    return tile.partials < 0 || span < span_count(p_.positions[tile.row], window);
   }
 
   // The same for the pages that this member looks at first, if the first tile is a single row.
@@ -296,7 +309,7 @@ class Member {
     ahead_.clear();
     const Tile& tile = p_.tile.data()[0];
     const int head = member_ % m_.kv_heads, span = member_ / m_.kv_heads;
-    if (tile.partials < 0 || span >= span_count(p_.positions[tile.row], layer.window)) return;
+    if (tile.partials < 0 || !holds(tile, span, layer.window)) return;
     const Seen seen{m_, pages_, p_, tile, group, layer_in_group, head, layer.window};
     add_span<T>(seen, span, ahead_);
   }
