@@ -23,9 +23,8 @@ constexpr int kIntRows = 2, kIntRowsAtOnce = 2, kBf16Rows = 4;
 constexpr int kTileRows = kIntRowsAtOnce > kBf16Rows ? kIntRowsAtOnce : kBf16Rows;
 constexpr int kBlockColumns = 1024;  // of a panel, so that a block stays in the nearest cache
 
-// How many bytes before it is read a stream of weights is asked for. Beside little arithmetic the
-// processor's own prefetcher follows the stream, and asking far ahead of it slows it down by up to 40 %;
-// beside much it falls behind. Where one turns into the other was measured.
+// How many bytes before it is read a stream of weights is asked for: near where the processor's own
+// prefetcher keeps up with it, far beside the arithmetic of more rows (docs/decisions/0015).
 constexpr size_t kAheadNear = 512, kAheadFar = 6144;
 inline size_t ahead_of(const Matrix& w, int rows) {
   const int few = w.format == Format::kPackedInt4 ? 3 : w.format == Format::kPackedInt8 ? 4 : 6;
