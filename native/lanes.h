@@ -30,6 +30,8 @@ typedef float V __attribute__((vector_size(64)));
 typedef float V8 __attribute__((vector_size(32)));
 typedef float V4 __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(64)));
+typedef int32_t I8 __attribute__((vector_size(32)));
+typedef int32_t I4 __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 typedef int8_t B __attribute__((vector_size(16)));
@@ -172,10 +174,24 @@ inline float greatest(V a) {
   return a0 > a1 ? a0 : a1;
 }
 
+inline int32_t greatest(I a) {
+  I8 l = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7);
+  I8 h = __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+  I8 e = l > h ? l : h;
+  I4 p = __builtin_shufflevector(e, e, 0, 1, 2, 3), q = __builtin_shufflevector(e, e, 4, 5, 6, 7);
+  I4 f = p > q ? p : q, g = __builtin_shufflevector(f, f, 2, 3, 0, 1);
+  f = f > g ? f : g, g = __builtin_shufflevector(f, f, 1, 0, 3, 2);
+  f = f > g ? f : g;
+  return f[0];
+}
+
 inline int32_t sum(I a) {
-  int32_t total = 0;
-  for (int i = 0; i < 16; i++) total += a[i];
-  return total;
+  I8 e = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+  I4 f = __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
+  f += __builtin_shufflevector(f, f, 2, 3, 0, 1);
+  f += __builtin_shufflevector(f, f, 1, 0, 3, 2);
+  return f[0];
 }
 
 // Between widths of integers; the compiler's own way takes halves.
@@ -193,11 +209,26 @@ inline H lower_half(U u) {
   return __builtin_convertvector(u, H);
 #endif
 }
-inline B lower_byte(I i) {
-#if defined(__AVX512F__)
-  return (B)_mm512_cvtepi32_epi8((__m512i)i);
+// The low bytes of four vectors, in order; each number fits a signed byte.
+inline U lower_bytes(const I (&i)[4]) {
+#if defined(__AVX512BW__)
+  const __m512i low = _mm512_packs_epi32((__m512i)i[0], (__m512i)i[1]);
+  const __m512i high = _mm512_packs_epi32((__m512i)i[2], (__m512i)i[3]);
+  const I in_order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  return (U)_mm512_permutexvar_epi32((__m512i)in_order, _mm512_packs_epi16(low, high));
 #else
-  return __builtin_convertvector(i, B);
+  B bytes[4];
+  for (int j = 0; j < 4; j++) bytes[j] = __builtin_convertvector(i[j], B);
+  return load_as<U>(bytes);
+#endif
+}
+// To the nearest integer, ties to even, of less than 2^22.
+inline I nearest(V x) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtps_epi32((__m512)x);
+#else
+  const V magic = splat(12582912.0f);  // 1.5 * 2^23
+  return (I)(x + magic) - (I)magic;
 #endif
 }
 
@@ -254,7 +285,7 @@ inline V exp16(V x) {
   x = x < low ? low : x;
   x = x > high ? high : x;
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  V n = fma(x, splat(1.44269504088896341f), magic) - magic;
+  const V whole = fma(x, splat(1.44269504088896341f), magic), n = whole - magic;
   V r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
   V p = splat(1.9875691500e-4f);
@@ -264,7 +295,7 @@ inline V exp16(V x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r + splat(1.0f));
-  I e = (__builtin_convertvector(n, I) + 127) << 23;
+  const U e = ((U)whole << 23) + (127u << 23);  // the lowest bits of `whole` are n
   return p * (V)e;
 }
 

@@ -197,11 +197,13 @@ class Member {
   }
 
   void multiply(const Output& output, int panel, const Input& in, int rows) {
-    float* sums = reinterpret_cast<float*>(scratch_);
-    panel_sums(output.w, panel, in, rows, sums);
     const int first = panel * kPanelRows, left = output.w.rows - first;
     const int count = left < kPanelRows ? left : kPanelRows;
     const float* bias = output.bias.empty() ? nullptr : output.bias.data() + first;
+    if (!bias && !output.add && count == kPanelRows)  // they are what y holds
+      return panel_sums(output.w, panel, in, rows, {output.y + (first - output.from), output.ld});
+    float* sums = reinterpret_cast<float*>(scratch_);
+    panel_sums(output.w, panel, in, rows, {sums, kPanelRows});
     for (int n = 0; n < count; n += 16) {
       const int some = count - n < 16 ? count - n : 16;
       const V by = bias ? widen_some(bias + n, some) : V{};
@@ -454,7 +456,7 @@ void product(const Matrix& w, const float* x, int rows, float* y) {
     prepare(w, row, 0, w.cols, in, r);
   }
   for (int panel = 0; panel < w.panels(); panel++) {
-    panel_sums(w, panel, in, rows, sums.data());
+    panel_sums(w, panel, in, rows, {sums.data(), kPanelRows});
     const int first = panel * kPanelRows, left = w.rows - first;
     const int count = left < kPanelRows ? left : kPanelRows;
     for (int r = 0; r < rows; r++)

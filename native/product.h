@@ -33,51 +33,57 @@ inline size_t ahead_of(const Matrix& w, int rows) {
 
 // --- activations ---------------------------------------------------------------------------------
 
-// Sixteen codes of one group: x * inverse, to the nearest integer, ties to even.
-inline I codes_of(V x, float inverse) {
-  const V magic = splat(12582912.0f);  // 1.5 * 2^23
-  return (I)(x * splat(inverse) + magic) - (I)magic;
-}
-
 // One group of a row: codes, scale, and what the integer sums start at. x is padded with zeros.
 // A group with a value that is not finite gets the scale NaN, so that the row fails visibly.
-inline void quantise_group(const float* x, int group, int zero, int8_t* codes, float* scale,
-                           int32_t* start) {
-  U most = {};
-  for (int i = 0; i < group; i += 16) {
-    const U size = (U)load(x + i) & 0x7FFFFFFF;
+template <int kGroup>
+inline void quantise_group(const float* x, int zero, int8_t* codes, float* scale, int32_t* start) {
+  I most = {};
+  BATON_EACH (int i = 0; i < kGroup; i += 16) {
+    const I size = (I)load(x + i) & 0x7FFFFFFF;
     most = size > most ? size : most;
   }
-  uint32_t bits = 0;
-  for (int i = 0; i < 16; i++) bits = most[i] > bits ? most[i] : bits;
+  const int32_t bits = greatest(most);  // of positive floats, and NaN above them
   float top;
   std::memcpy(&top, &bits, 4);
-  const bool finite = bits < 0x7F800000, usable = finite && top >= 1e-30f;
-  const float inverse = usable ? 127.0f / top : 0.0f;
-  I total = {};
-  for (int i = 0; i < group; i += 16) {
-    const I some = usable ? codes_of(load(x + i), inverse) : I{};
-    total += some;
-    const B narrow = lower_byte(some);
-    std::memcpy(codes + i, &narrow, sizeof narrow);
+  const bool finite = bits < 0x7F800000;
+  if (!finite || top < 1e-30f) {
+    std::memset(codes, 0, kGroup);
+    *scale = finite ? 0.0f : NAN, *start = 0;
+    return;
   }
-  *scale = usable ? top / 127.0f : finite ? 0.0f : NAN;
+  const V inverse = splat(127.0f / top);
+  I total = {};
+  constexpr int kAtOnce = kGroup < 64 ? kGroup : 64;
+  BATON_EACH (int i = 0; i < kGroup; i += kAtOnce) {
+    I code[4] = {};
+    BATON_EACH (int j = 0; j < kAtOnce / 16; j++) code[j] = nearest(load(x + i + 16 * j) * inverse);
+    const U bytes = lower_bytes(code);
+    std::memcpy(codes + i, &bytes, kAtOnce);
+    if (kOffset) total = dot_int<8>(total, splat(0x01010101u), bytes);
+  }
+  *scale = top / 127.0f;
   *start = kOffset ? -zero * sum(total) : 0;
+}
+
+template <int kGroup>
+inline void quantise(const float* x, int begin, int end, int zero, const Input& in, int row) {
+  int8_t* codes = in.codes + size_t(row) * in.code_stride + begin;
+  size_t at = size_t(row) * in.group_stride + begin / kGroup;
+  for (int k = 0; k < end - begin; k += kGroup, at++)
+    quantise_group<kGroup>(x + k, zero, codes + k, in.scales + at, in.starts + at);
 }
 
 // Brings columns [begin, end) of one row into the form that `w` multiplies. x: these columns, padded
 // with zeros.
 void prepare(const Matrix& w, const float* x, int begin, int end, const Input& in, int row) {
-  int8_t* codes = in.codes + size_t(row) * in.code_stride;
   if (w.format == Format::kPackedBF16) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(codes) + begin;
+    uint16_t* to = reinterpret_cast<uint16_t*>(in.codes + size_t(row) * in.code_stride) + begin;
     for (int k = 0; k < end - begin; k += 16) narrow(load(x + k), to + k);
   } else if (is_integer(w.format)) {
     const int zero = w.format == Format::kPackedInt8 ? 128 : 8;
-    for (int k = begin; k < end; k += w.group) {
-      const size_t at = size_t(row) * in.group_stride + k / w.group;
-      quantise_group(x + (k - begin), w.group, zero, codes + k, in.scales + at, in.starts + at);
-    }
+    if (w.group == 32) return quantise<32>(x, begin, end, zero, in, row);
+    if (w.group == 64) return quantise<64>(x, begin, end, zero, in, row);
+    quantise<128>(x, begin, end, zero, in, row);
   }
 }
 
@@ -93,6 +99,15 @@ struct Ask {
     __builtin_prefetch(at, 0, 2);
     at += step;
   }
+};
+
+// Where the 32 sums of each row go.
+struct Sums {
+  float* at;
+  ptrdiff_t ld;
+
+  float* row(int m) const { return at + m * ld; }
+  Sums from(int m) const { return {row(m), ld}; }
 };
 
 // Where the rows of a tile are read. Four share a pointer: the registers would not hold one for each.
@@ -117,14 +132,14 @@ struct Rows {
   }
 };
 
-// sums[M][32] (+)= groups [begin, end) of a panel, whose bytes start at `w`. The registers are for the
+// sums (+)= groups [begin, end) of a panel, whose bytes start at `w`. The registers are for the
 // integer sums of a group; totals that do not fit beside them are touched once a group.
 template <int kZero, int M>
 __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int begin, int end,
-                                        const Input& in, int row, float* sums, Ask ask) {
+                                        const Input& in, int row, Sums sums, Ask ask) {
   V total[M][2];
   BATON_EACH (int m = 0; m < M; m++)
-    BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
+    BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums.row(m) + 16 * i) : V{};
   Rows<M> a(in, row, size_t(begin) * group);
   const size_t first = size_t(row) * in.group_stride;
   for (int g = begin; g < end; g++) {
@@ -162,16 +177,16 @@ __attribute__((noinline)) void int_tile(const unsigned char* w, int group, int b
     }
   }
   BATON_EACH (int m = 0; m < M; m++)
-    BATON_EACH (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
+    BATON_EACH (int i = 0; i < 2; i++) store(sums.row(m) + 16 * i, total[m][i]);
 }
 
 template <int M>
 __attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int end,
-                                         const Input& in, int row, float* sums, Ask ask) {
+                                         const Input& in, int row, Sums sums, Ask ask) {
   V total[M][2];
   Rows<M> a(in, row, size_t(begin) * 4);
   BATON_EACH (int m = 0; m < M; m++)
-    BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums + m * 32 + 16 * i) : V{};
+    BATON_EACH (int i = 0; i < 2; i++) total[m][i] = begin ? load(sums.row(m) + 16 * i) : V{};
 #pragma GCC unroll 4
   for (int pair = begin; pair < end; pair++) {
     const U w0 = load_as<U>(w), w1 = load_as<U>(w + 64);
@@ -186,13 +201,13 @@ __attribute__((noinline)) void bf16_tile(const unsigned char* w, int begin, int 
     a.advance();
   }
   BATON_EACH (int m = 0; m < M; m++)
-    BATON_EACH (int i = 0; i < 2; i++) store(sums + m * 32 + 16 * i, total[m][i]);
+    BATON_EACH (int i = 0; i < 2; i++) store(sums.row(m) + 16 * i, total[m][i]);
 }
 
 // Calls the tile for `rows` rows, which is at most M.
 template <int M>
 inline void tile_of(const Matrix& w, const unsigned char* at, int begin, int end, const Input& in,
-                    int row, int rows, float* sums, Ask ask) {
+                    int row, int rows, Sums sums, Ask ask) {
   if constexpr (M > 1) {
     if (rows < M) return tile_of<M - 1>(w, at, begin, end, in, row, rows, sums, ask);
   }
@@ -216,13 +231,14 @@ inline int tile_height(const Matrix& w, int rows) {
   return (rows + tiles - 1) / tiles;
 }
 
-// sums[rows][32]: one panel times all rows. A block of the panel stays in the cache for all rows, and
+// sums: one panel times all rows. A block of the panel stays in the cache for all rows, and
 // each tile asks for its share of the block behind it, so that memory is busy all the time.
-void packed_panel(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
+void packed_panel(const Matrix& w, int panel, const Input& in, int rows, Sums sums) {
   const int height = tile_height(w, rows), tiles = height < rows ? (rows + height - 1) / height : 1;
   const int width = w.format == Format::kPackedBF16 ? 2 : w.group, groups = w.groups();
   const int block = tiles == 1 ? groups : kBlockColumns / width;
-  const size_t step = tiles == 1 ? 64 : (64 + size_t(tiles) - 1) / size_t(tiles), ahead = ahead_of(w, rows);
+  const size_t step = tiles == 1 ? 64 : (64 + size_t(tiles) - 1) / size_t(tiles);
+  const size_t ahead = ahead_of(w, rows);
   const unsigned char* at = static_cast<const unsigned char*>(w.data) + size_t(panel) * w.panel_bytes();
   for (int begin = 0; begin < groups; begin += block) {
     const int end = begin + block < groups ? begin + block : groups;
@@ -230,7 +246,7 @@ void packed_panel(const Matrix& w, int panel, const Input& in, int rows, float* 
     for (int row = 0, tile = 0; row < rows; row += height, tile++) {
       const int count = rows - row < height ? rows - row : height;
       const Ask ask{at + (tiles == 1 ? ahead : bytes + bytes * size_t(tile) / size_t(tiles)), step};
-      tile_of<kTileRows>(w, at, begin, end, in, row, count, sums + size_t(row) * 32, ask);
+      tile_of<kTileRows>(w, at, begin, end, in, row, count, sums.from(row), ask);
     }
     at += bytes;
   }
@@ -239,7 +255,7 @@ void packed_panel(const Matrix& w, int panel, const Input& in, int rows, float* 
 // --- plain matrices ------------------------------------------------------------------------------
 
 template <int M, int N, class T>
-inline void plain_tile(const float* x, int ldx, const T* w, int cols, float* sums) {
+inline void plain_tile(const float* x, int ldx, const T* w, int cols, Sums sums) {
   V acc[M][N] = {};
   int k = 0;
   for (; k + 16 <= cols; k += 16) {
@@ -259,34 +275,34 @@ inline void plain_tile(const float* x, int ldx, const T* w, int cols, float* sum
   BATON_EACH (int m = 0; m < M; m++) {
     if constexpr (N == 4) {
       const V4 four = reduce4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-      std::memcpy(sums + m * 32, &four, sizeof four);
+      std::memcpy(sums.row(m), &four, sizeof four);
     } else {
-      BATON_EACH (int n = 0; n < N; n++) sums[m * 32 + n] = reduce(acc[m][n]);
+      BATON_EACH (int n = 0; n < N; n++) sums.row(m)[n] = reduce(acc[m][n]);
     }
   }
 }
 
 template <int N, class T>
-inline void plain_columns(const Input& in, int rows, const T* w, int cols, float* sums) {
+inline void plain_columns(const Input& in, int rows, const T* w, int cols, Sums sums) {
   const int ld = in.ld;
   int m = 0;
   for (; m + 4 <= rows; m += 4)
-    plain_tile<4, N>(in.x + size_t(m) * ld, ld, w, cols, sums + size_t(m) * 32);
-  for (; m < rows; m++) plain_tile<1, N>(in.x + size_t(m) * ld, ld, w, cols, sums + size_t(m) * 32);
+    plain_tile<4, N>(in.x + size_t(m) * ld, ld, w, cols, sums.from(m));
+  for (; m < rows; m++) plain_tile<1, N>(in.x + size_t(m) * ld, ld, w, cols, sums.from(m));
 }
 
 template <class T>
-void plain_panel(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
+void plain_panel(const Matrix& w, int panel, const Input& in, int rows, Sums sums) {
   const int first = panel * kPanelRows;
   const int count = w.rows - first < kPanelRows ? w.rows - first : kPanelRows;
   const T* at = static_cast<const T*>(w.data) + size_t(first) * w.cols;
   int n = 0;
-  for (; n + 4 <= count; n += 4) plain_columns<4>(in, rows, at + size_t(n) * w.cols, w.cols, sums + n);
-  for (; n < count; n++) plain_columns<1>(in, rows, at + size_t(n) * w.cols, w.cols, sums + n);
+  for (; n + 4 <= count; n += 4) plain_columns<4>(in, rows, at + size_t(n) * w.cols, w.cols, {sums.at + n, sums.ld});
+  for (; n < count; n++) plain_columns<1>(in, rows, at + size_t(n) * w.cols, w.cols, {sums.at + n, sums.ld});
 }
 
-// sums[rows][32]: outputs [32 panel, 32 panel + 32) of all rows; those past the last are not defined.
-void panel_sums(const Matrix& w, int panel, const Input& in, int rows, float* sums) {
+// sums: outputs [32 panel, 32 panel + 32) of all rows; those past the last are not defined.
+void panel_sums(const Matrix& w, int panel, const Input& in, int rows, Sums sums) {
   switch (w.format) {
     case Format::kF32: return plain_panel<float>(w, panel, in, rows, sums);
     case Format::kBF16: return plain_panel<uint16_t>(w, panel, in, rows, sums);
