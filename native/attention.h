@@ -124,8 +124,8 @@ void ask_ahead(Queries& s, const Seen& seen, int block, int turns) {
   s.ahead.add(head(block + 1).k, bytes);
   if (!turns) return;
   s.ahead.add(head(block + 1).v, bytes);
-  const size_t calls = size_t(turns) * size_t(s.units);
-  s.ask_lines = int((2 * bytes / 64 + calls - 1) / calls);
+  const size_t lines = 2 * bytes / 64, times = 2 * size_t(turns);
+  s.ask_lines = int((lines + times - 1) / times);
 }
 
 // Folds the pages of one span into every query row of the tile that sees any of it.

@@ -89,17 +89,14 @@ __attribute__((noinline)) void weigh_few(Queries& s, int row, const uint16_t* v,
 template <int M>
 __attribute__((noinline)) void fold_few(Queries& s, int row, const uint16_t* k, const uint16_t* v,
                                         int dim, float scale) {
-  int begin = kPageTokens, end = 0;
-  BATON_EACH (int m = 0; m < M; m++) {
-    begin = s.first[row + m] < begin ? s.first[row + m] : begin;
-    end = s.last[row + m] > end ? s.last[row + m] : end;
-  }
+  const Sight sight = Sight::of<M>(s, row);
   V score[M][4] = {};
-  score_few<M>(s, row, k, end, score);
+  score_few<M>(s, row, k, sight.end, score);
   alignas(64) uint16_t weights[M][kPageTokens];
   float keep[16];
-  soften<uint16_t, M>(s, row, score, scale, weights, keep);
-  for (int d = 0; d < dim; d += 32) weigh_few<M>(s, row, v, dim, d, begin, end, weights, keep);
+  soften<uint16_t, M>(s, row, sight.whole, score, scale, weights, keep);
+  for (int d = 0; d < dim; d += 32) 
+    weigh_few<M>(s, row, v, dim, d, sight.begin, sight.end, weights, keep);
 }
 
 template <int M>

@@ -123,7 +123,7 @@ struct Queries {
   int *first, *last;  // the tokens of the page at hand that the row sees
   int units, wide;    // wide: padded to lanes
   Ahead ahead;         // the K and V that come next
-  int ask_lines = 0;   // of them, for each unit of the keys at hand
+  int ask_lines = 0;   // of them, at each half of a fold
 
   static size_t bytes(int dim) {
     const size_t wide = size_t(to_lanes(dim));
@@ -163,39 +163,77 @@ inline void put_weights(const V (&p)[4], uint16_t* weights, V (&rounded)[4]) {
   }
 }
 
+// Lane m: what `four` makes of row m's lanes. Lanes behind the rows hold anything.
+template <int M, class Four>
+inline V by_row(const V (&row)[M], const Four& four) {
+  static_assert(M <= 8, "two vectors of four");
+  auto at = [&](int m) { return row[m < M ? m : M - 1]; };
+  const V4 first = four(at(0), at(1), at(2), at(3));
+  return side_by_side(first, M > 4 ? four(at(4), at(5), at(6), at(7)) : first);
+}
+
+template <int M>
+inline void store_rows(float* to, V rows) {
+  if constexpr (M == 4) {
+    const V4 four = __builtin_shufflevector(rows, rows, 0, 1, 2, 3);
+    std::memcpy(to, &four, sizeof four);
+  } else {
+    std::memcpy(to, &rows, M * sizeof(float));
+  }
+}
+
+// The tokens of the page at hand that some of M rows sees, and whether all see all of it.
+struct Sight {
+  int begin = kPageTokens, end = 0;
+  bool whole = true;
+
+  template <int M>
+  static Sight of(const Queries& s, int row) {
+    Sight sight;
+    BATON_EACH (int m = row; m < row + M; m++) {
+      sight.begin = s.first[m] < sight.begin ? s.first[m] : sight.begin;
+      sight.end = s.last[m] > sight.end ? s.last[m] : sight.end;
+      sight.whole &= s.first[m] == 0 && s.last[m] == kPageTokens;
+    }
+    return sight;
+  }
+};
+
 // Scores to weights: the running maximum moves, what was summed before is kept by `keep`.
 template <class T, int M>
-inline void soften(Queries& s, int row, V (&score)[M][4], float scale, T (*weights)[kPageTokens],
-                   float (&keep)[16]) {
-  float before[16] = {}, top[16] = {};
-  BATON_EACH (int m = 0; m < M; m++) {
-    V most = splat(-INFINITY);
-    const bool whole = s.first[row + m] == 0 && s.last[row + m] == kPageTokens;
-    const I first = splat(s.first[row + m]), last = splat(s.last[row + m]);
-    BATON_EACH (int i = 0; i < 4; i++) {
-      score[m][i] = score[m][i] * splat(scale);
-      if (!whole) {
+inline void soften(Queries& s, int row, bool whole, V (&score)[M][4], float scale,
+                   T (*weights)[kPageTokens], float (&keep)[16]) {
+  V each[M];
+  BATON_EACH (int m = 0; m < M; m++)
+    BATON_EACH (int i = 0; i < 4; i++) score[m][i] = score[m][i] * splat(scale);
+  if (!whole) {
+    BATON_EACH (int m = 0; m < M; m++) {
+      const I first = splat(s.first[row + m]), last = splat(s.last[row + m]);
+      BATON_EACH (int i = 0; i < 4; i++) {
         const I token = lane_numbers() + 16 * i;
         score[m][i] = (token >= first) & (token < last) ? score[m][i] : splat(-INFINITY);
       }
-      most = score[m][i] > most ? score[m][i] : most;
     }
-    const float here = greatest(most);
-    before[m] = s.top[row + m], top[m] = here > before[m] ? here : before[m];
   }
-  store(keep, exp16(load(before) - load(top)));
   BATON_EACH (int m = 0; m < M; m++) {
-    V p[4], rounded[4];
-    BATON_EACH (int i = 0; i < 4; i++) {
-      const V weight = exp16(score[m][i] - splat(top[m]));
-      p[i] = score[m][i] == splat(-INFINITY) ? V{} : weight;
-    }
-    put_weights(p, weights[m], rounded);
-    float& sum = s.sum[row + m];
-    if (sum == 0) keep[m] = 0;
-    sum = __builtin_fmaf(sum, keep[m], reduce((rounded[0] + rounded[1]) + (rounded[2] + rounded[3])));
-    s.top[row + m] = top[m];
+    each[m] = larger(larger(score[m][0], score[m][1]), larger(score[m][2], score[m][3]));
   }
+  const V here = by_row(each, greatest4), before = load(s.top + row);
+  const V top = larger(here, before), sum = load(s.sum + row);
+  const V kept = sum == V{} ? V{} : exp_of_negative(before - top);
+  store(keep, kept);
+  BATON_EACH (int m = 0; m < M; m++) {
+    V rounded[4];
+    const V most = splat(top[m]);
+    BATON_EACH (int i = 0; i < 4; i++) {
+      const V weight = exp_of_negative(score[m][i] - most);
+      score[m][i] = score[m][i] == splat(-INFINITY) ? V{} : weight;
+    }
+    put_weights(score[m], weights[m], rounded);
+    each[m] = (rounded[0] + rounded[1]) + (rounded[2] + rounded[3]);
+  }
+  store_rows<M>(s.sum + row, fma(sum, kept, by_row(each, reduce4)));
+  store_rows<M>(s.top + row, top);
 }
 
 // out = out * keep + weights * values for N * 16 neighbouring channels of M rows.
@@ -219,28 +257,39 @@ __attribute__((noinline)) void weigh(Queries& s, int row, int d, int begin, int 
     BATON_EACH (int i = 0; i < N; i++) store(s.out + size_t(row + m) * s.wide + d + 16 * i, acc[m][i]);
 }
 
+// score (+)= queries * keys for the first kQuarters * 16 tokens of the page at hand.
+template <int kQuarters, class T, int M>
+inline void score_tokens(const Queries& s, int row, V (&score)[M][4]) {
+  for (int u = 0; u < s.units; u++) {
+    U key[kQuarters];
+    BATON_EACH (int i = 0; i < kQuarters; i++)
+      key[i] = load_as<U>(s.keys + size_t(u) * kPageTokens + 16 * i);
+    BATON_EACH (int m = 0; m < M; m++) {
+      const U q = splat_at(s.q + size_t(row + m) * s.wide + u);
+      BATON_EACH (int i = 0; i < kQuarters; i++) score[m][i] = dot<T>(score[m][i], key[i], q);
+    }
+  }
+}
+
 // Folds the page at hand into M query rows. Each sees at least one of its tokens.
 template <class T, int M>
 __attribute__((noinline)) void fold(Queries& s, int row, float scale) {
+  const Sight sight = Sight::of<M>(s, row);
   V score[M][4] = {};
-  for (int u = 0; u < s.units; u++) {
-    s.ahead.ask(s.ask_lines);
-    U key[4];
-    BATON_EACH (int i = 0; i < 4; i++) key[i] = load_as<U>(s.keys + size_t(u) * kPageTokens + 16 * i);
-    BATON_EACH (int m = 0; m < M; m++) {
-      const U q = splat_at(s.q + size_t(row + m) * s.wide + u);
-      BATON_EACH (int i = 0; i < 4; i++) score[m][i] = dot<T>(score[m][i], key[i], q);
-    }
-  }
+  s.ahead.ask(s.ask_lines);
+  if (sight.end > 48)
+    score_tokens<4, T>(s, row, score);
+  else if (sight.end > 32)
+    score_tokens<3, T>(s, row, score);
+  else if (sight.end > 16)
+    score_tokens<2, T>(s, row, score);
+  else
+    score_tokens<1, T>(s, row, score);
   alignas(64) T weights[M][kPageTokens];
   float keep[16];
-  soften<T, M>(s, row, score, scale, weights, keep);
-  int begin = kPageTokens, end = 0;
-  BATON_EACH (int m = 0; m < M; m++) {
-    begin = s.first[row + m] < begin ? s.first[row + m] : begin;
-    end = s.last[row + m] > end ? s.last[row + m] : end;
-  }
-  begin /= kUnit<T>, end = (end + kUnit<T> - 1) / kUnit<T>;
+  soften<T, M>(s, row, sight.whole, score, scale, weights, keep);
+  s.ahead.ask(s.ask_lines);
+  const int begin = sight.begin / kUnit<T>, end = (sight.end + kUnit<T> - 1) / kUnit<T>;
   int d = 0;
   for (; d + 64 <= s.wide; d += 64) weigh<T, M, 4>(s, row, d, begin, end, weights, keep);
   for (; d < s.wide; d += 16) weigh<T, M, 1>(s, row, d, begin, end, weights, keep);

@@ -68,6 +68,31 @@ inline V fma(V a, V b, V c) {
 #endif
 }
 
+// a > b ? a : b and a < b ? a : b, lane by lane: of zeros, or beside a NaN, the second.
+inline V larger(V a, V b) {
+#if defined(__AVX512F__)
+  return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline V smaller(V a, V b) {
+#if defined(__AVX512F__)
+  return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Eight lanes, and anything behind them.
+inline V side_by_side(V4 a, V4 b) {
+#if defined(__AVX512F__)
+  return (V)_mm512_castps256_ps512(_mm256_set_m128((__m128)b, (__m128)a));
+#else
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+#endif
+}
+
 // acc + a0 * b0 + a1 * b1 of the two bf16 in each lane: the upper pair first, each product and sum
 // rounded once, denormals flushed. That is what vdpbf16ps does (checked by tests), spelled out where
 // there is none.
@@ -163,15 +188,22 @@ inline V4 reduce4(V a, V b, V c, V d) {
   return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
 }
 
-// The greatest lane; the order of maxima does not matter, and there is no NaN among them.
-inline float greatest(V a) {
-  V8 l = __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7);
-  V8 h = __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
-  V8 e = l > h ? l : h;
-  V4 p = __builtin_shufflevector(e, e, 0, 1, 2, 3), q = __builtin_shufflevector(e, e, 4, 5, 6, 7);
-  V4 f = p > q ? p : q;
-  const float a0 = f[0] > f[2] ? f[0] : f[2], a1 = f[1] > f[3] ? f[1] : f[3];
-  return a0 > a1 ? a0 : a1;
+// The greatest lanes of four; the order of maxima does not matter, and there is no NaN among them.
+inline V4 greatest4(V a, V b, V c, V d) {
+  auto quarter = [](V x) {
+    V8 l = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+    V8 h = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    V8 e = l > h ? l : h;
+    V4 p = __builtin_shufflevector(e, e, 0, 1, 2, 3), q = __builtin_shufflevector(e, e, 4, 5, 6, 7);
+    return p > q ? p : q;
+  };
+  auto pairs = [](V4 x, V4 y) {
+    V4 l = __builtin_shufflevector(x, y, 0, 4, 1, 5), h = __builtin_shufflevector(x, y, 2, 6, 3, 7);
+    return l > h ? l : h;
+  };
+  const V4 ab = pairs(quarter(a), quarter(b)), cd = pairs(quarter(c), quarter(d));
+  V4 l = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), h = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  return l > h ? l : h;
 }
 
 inline int32_t greatest(I a) {
@@ -279,11 +311,9 @@ inline void narrow_some(V f, T* out, int n) {
   std::memcpy(out, some, size_t(n) * sizeof(T));
 }
 
-// e^x to about one unit in the last place, by range reduction to [-ln2/2, ln2/2] and a polynomial.
-inline V exp16(V x) {
-  const V low = splat(-87.0f), high = splat(88.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+// e^x of -87 to 88, to about one unit in the last place, by range reduction to [-ln2/2, ln2/2] and a
+// polynomial.
+inline V exp_in_range(V x) {
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const V whole = fma(x, splat(1.44269504088896341f), magic), n = whole - magic;
   V r = fma(n, splat(-0.693359375f), x);
@@ -298,6 +328,8 @@ inline V exp16(V x) {
   const U e = ((U)whole << 23) + (127u << 23);  // the lowest bits of `whole` are n
   return p * (V)e;
 }
+inline V exp16(V x) { return exp_in_range(smaller(splat(88.0f), larger(splat(-87.0f), x))); }
+inline V exp_of_negative(V x) { return exp_in_range(larger(splat(-87.0f), x)); }
 
 // Denormals count as zero while it lives, as the bf16 product has it anyway, so that every
 // instruction set agrees on them.

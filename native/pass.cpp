@@ -370,10 +370,13 @@ class Member {
       if (own && end - begin < columns) std::memset(room, 0, size_t(p_.rows) * columns * 2 * sizeof(float));
       multiply_panels({layer.gate, layer.gate_bias, gate, ld, false, from}, first, last, in, p_.rows);
       multiply_panels({layer.up, layer.up_bias, up, ld, false, from}, first, last, in, p_.rows);
-      for (int r = 0; r < p_.rows; r++) {
-        float* row = gate + size_t(r) * ld + (begin - from);
-        silu_times(row, up + size_t(r) * ld + (begin - from), end - begin);
-        prepare(layer.down, row, begin, end, out, r);
+      const size_t at = size_t(begin - from);
+      for (int r = 0; r < p_.rows; r += kAtAStretch) {
+        const int until = r + kAtAStretch < p_.rows ? r + kAtAStretch : p_.rows;
+        for (int i = r; i < until; i++)
+          silu_times(gate + size_t(i) * ld + at, up + size_t(i) * ld + at, end - begin);
+        for (int i = r; i < until; i++)
+          prepare(layer.down, gate + size_t(i) * ld + at, begin, end, out, i);
       }
     });
   }
@@ -392,6 +395,7 @@ class Member {
     }
   }
 
+  static constexpr int kAtAStretch = 16;  // rows, so that many are under way together
   static constexpr int kAskLines = 128;  // before an item of a small phase
 
   const Job& job_;
