@@ -131,20 +131,19 @@ void ask_ahead(Queries& s, const Seen& seen, int block, int turns) {
 // Folds the pages of one span into every query row of the tile that sees any of it.
 template <class T>
 void fold_span(Queries& s, const Seen& seen, int span, float scale) {
-  const int rows = seen.tile.count * seen.repeat(), dim = seen.m.head_dim;
+  const int repeat = seen.repeat(), rows = seen.tile.count * repeat, dim = seen.m.head_dim;
   std::memset(s.out, 0, size_t(rows) * s.wide * 4);
   for (int r = 0; r < rows; r++) s.top[r] = -INFINITY, s.sum[r] = 0;
   for (int block = span * kSpanPages; block < (span + 1) * kSpanPages; block++) {
     const int base = block * kPageTokens;
     int last = 0, low = rows, high = 0;
-    for (int r = 0; r < rows; r++) {
-      const int token = r / seen.repeat();
+    for (int token = 0, r = 0; token < seen.tile.count; token++, r += repeat) {
       const int first = seen.begin(token) - base, end = seen.end(token) - base;
-      s.first[r] = first > 0 ? first : 0;
-      s.last[r] = end < kPageTokens ? end : kPageTokens;
-      if (s.first[r] >= s.last[r]) continue;
-      low = r < low ? r : low, high = r + 1;
-      last = s.last[r] > last ? s.last[r] : last;
+      const int from = first > 0 ? first : 0, to = end < kPageTokens ? end : kPageTokens;
+      for (int n = 0; n < repeat; n++) s.first[r + n] = from, s.last[r + n] = to;
+      if (from >= to) continue;
+      low = r < low ? r : low, high = r + repeat;
+      last = to > last ? to : last;
     }
     if (low >= high) continue;
     const Head<T> head = head_in<T>(seen.pages, seen.page(block), seen.layer_in_group, seen.head);

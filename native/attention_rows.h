@@ -13,7 +13,7 @@ constexpr int kTogether = 4;  // query rows whose sums fit the registers
 #else
 constexpr int kTogether = 1;
 #endif
-constexpr int kQueriesMax = 64;
+constexpr int kQueriesMax = 128;
 
 template <class T>
 constexpr int kUnit = int(4 / sizeof(T));  // cached values in 32 bits

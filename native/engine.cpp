@@ -11,7 +11,7 @@
 namespace baton {
 namespace {
 
-constexpr int kTileQueries = 64;  // query rows of a tile, all heads of one KV head counted
+constexpr int kTileQueries = 128;  // query rows of a tile, all heads of one KV head counted
 constexpr int kSpan = 8 * kPageTokens;
 
 void require(bool holds, const char* what) {
@@ -56,7 +56,7 @@ Engine::Engine(Model model, const Pages& pages, const std::string& level, int th
   kernels_ = kernels_for(level_);
   require(m.head_dim <= 1024 && m.head_dim % 2 == 0, "head_dim: even and at most 1024");
   require(m.heads % m.kv_heads == 0, "heads: a multiple of kv_heads");
-  require(m.heads / m.kv_heads <= kTileQueries, "heads: at most 64 for each KV head");
+  require(m.heads / m.kv_heads <= kTileQueries, "heads: at most 128 for each KV head");
   for (const Layer& l : m.layer) {
     require(l.q.format == l.k.format && l.q.format == l.v.format && l.q.group == l.k.group &&
                 l.q.group == l.v.group, "weights: q, k and v differ in format or group");
