@@ -297,8 +297,9 @@ void plain_panel(const Matrix& w, int panel, const Input& in, int rows, Sums sum
   const int count = w.rows - first < kPanelRows ? w.rows - first : kPanelRows;
   const T* at = static_cast<const T*>(w.data) + size_t(first) * w.cols;
   int n = 0;
-  for (; n + 4 <= count; n += 4) plain_columns<4>(in, rows, at + size_t(n) * w.cols, w.cols, {sums.at + n, sums.ld});
-  for (; n < count; n++) plain_columns<1>(in, rows, at + size_t(n) * w.cols, w.cols, {sums.at + n, sums.ld});
+  auto some = [&] { return Sums{sums.at + n, sums.ld}; };
+  for (; n + 4 <= count; n += 4) plain_columns<4>(in, rows, at + size_t(n) * w.cols, w.cols, some());
+  for (; n < count; n++) plain_columns<1>(in, rows, at + size_t(n) * w.cols, w.cols, some());
 }
 
 // sums: outputs [32 panel, 32 panel + 32) of all rows; those past the last are not defined.
