@@ -95,7 +95,7 @@ __attribute__((noinline)) void fold_few(Queries& s, int row, const uint16_t* k, 
   alignas(64) uint16_t weights[M][kPageTokens];
   float keep[16];
   soften<uint16_t, M>(s, row, sight.whole, score, scale, weights, keep);
-  for (int d = 0; d < dim; d += 32) 
+  for (int d = 0; d < dim; d += 32)
     weigh_few<M>(s, row, v, dim, d, sight.begin, sight.end, weights, keep);
 }
 
