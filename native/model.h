@@ -67,6 +67,13 @@ struct Input {
   float* scales;      // [rows][group_stride]
   int32_t* starts;
   int code_stride, group_stride;  // bytes of a row's codes; groups of a row
+
+  // The rows from this one on.
+  Input from(int row) const {
+    const size_t codes_at = size_t(row) * code_stride, groups_at = size_t(row) * group_stride;
+    return {x + size_t(row) * ld, ld, codes + codes_at, scales + groups_at, starts + groups_at,
+            code_stride, group_stride};
+  }
 };
 
 // Room for rows in the form that a packed matrix wants.

@@ -59,6 +59,9 @@ struct Output {
   int ld;
   bool add = false;
   int from = 0;
+
+  // The same from this row on.
+  Output below(int row) const { return {w, bias, y + size_t(row) * ld, ld, add, from}; }
 };
 
 // Cuts panels into runs. Those of a few rows are read as fast as memory gives: each member begins with
@@ -175,16 +178,19 @@ class Member {
     });
   }
 
-  // All products of one input.
+  // All products of one input, part by part of the rows, so that members end together.
   template <size_t N>
   void products(const Output (&outputs)[N], const Input& in, int rows) {
     int panels = 0;
     for (const Output& output : outputs) panels += output.w.panels();
     const Runs runs(panels, team_.threads(), rows);
-    share(runs.count(), [&](int run) {
+    const int parts = (rows + kPartRows - 1) / kPartRows;
+    share(runs.count() * parts, [&](int item) {
+      const int run = item / parts, row = item % parts * kPartRows;
+      const int count = rows - row < kPartRows ? rows - row : kPartRows;
       int begin = runs.begin(run), end = runs.begin(run + 1);
       for (const Output& output : outputs) {
-        multiply_panels(output, begin, end, in, rows);
+        multiply_panels(output.below(row), begin, end, in.from(row), count);
         begin -= output.w.panels(), end -= output.w.panels();
       }
     });
@@ -395,6 +401,7 @@ class Member {
     }
   }
 
+  static constexpr int kPartRows = 128;
   static constexpr int kAtAStretch = 16;  // rows, so that many are under way together
   static constexpr int kAskLines = 128;  // before an item of a small phase
 
