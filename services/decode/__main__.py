@@ -10,6 +10,7 @@ import zmq
 from baton.v1 import cluster_pb2, control_pb2
 from services.decode.config import DecodeConfig
 from services.decode.engine_loop import DecodeEngine
+from services.decode.stream import Report, as_event
 from services.engine.identity import digest_of
 from services.engine.load import load_engine
 from services.kv.worker import ArenaHold, join
@@ -72,10 +73,13 @@ class DecodeWorker:
             if isinstance(announced, Announce) and announced.fingerprint == mine:
                 self.engine.announced()
 
-    def _report(self, event: control_pb2.WorkerEvent) -> None:
+    def _report(self, report: Report) -> None:
+        self._loop.call_soon_threadsafe(self._send, report)
+
+    def _send(self, report: Report) -> None:
         assert self._link is not None
         self._link.steps, self._link.fenced = self.engine.steps, self.engine.fenced
-        self._loop.call_soon_threadsafe(self._link.send, event)
+        self._link.send(as_event(report))
 
     def close(self) -> None:
         self.engine.close()

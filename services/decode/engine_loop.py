@@ -9,14 +9,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
 from baton.v1 import control_pb2
 from services.decode.config import DecodeConfig
 from services.decode.state import BatchState
-from services.decode.stream import DecodeStream
+from services.decode.stream import DecodeStream, Known, Report
 from services.engine.backend import Backend, OneCallBackend, Rows
 from services.engine.errors import NumericsError
 from services.engine.sampling import sample
@@ -38,7 +38,7 @@ class DecodeEngine:
 
     def __init__(
         self, config: DecodeConfig, arena: Arena, backend: Backend,
-        report: Callable[[control_pb2.WorkerEvent], None],
+        report: Callable[[Report], None],
     ) -> None:  # fmt: skip
         self._config, self._arena, self._backend = config, arena, backend
         # Asked once: a look at a protocol takes longer than all else before a step.
@@ -106,14 +106,14 @@ class DecodeEngine:
     def _prepare(self, command: control_pb2.PrepareDecode) -> None:
         """Takes a stream on. The same epoch again only asks for its tokens once more."""
         self._failpoints.refresh()
-        known = self._batch.get(command.request_id)
-        if known and known.epoch == command.epoch:
-            known.command.report_from = command.report_from
+        held = self._batch.get(command.request_id)
+        if held and held.epoch == command.epoch:
+            held.command.report_from = command.report_from
             if command.request_id in self._batch.active:
-                self._send_tokens([known.report(command.report_from)])
+                self._report([held.known_from(command.report_from)])
             return
-        if known:
-            self._forget(known)
+        if held:
+            self._forget(held)
         try:
             stream = DecodeStream(command, self._arena, self._unsafe)
         except BatonError as error:
@@ -180,9 +180,9 @@ class DecodeEngine:
         from_index = stream.command.report_from
         if "record" in self._unsafe:  # control: trust the memory of the dead instead of the record
             from_index = stream.first_index + stream.steps + 1
-        tokens = stream.report(from_index)
-        self._send_tokens([tokens])
-        if tokens.finish:
+        known = stream.known_from(from_index)
+        self._report([known])
+        if known.finish:
             self._forget(stream)
 
     # --- the step ---
@@ -191,7 +191,7 @@ class DecodeEngine:
         """One token for every active stream: compute, seal, commit, and only then report."""
         streams = list(self._batch.active.values())
         logits = self._compute(streams)
-        reports: list[control_pb2.StreamTokens] = []
+        reports: list[Known] = []
         for i, stream in enumerate(streams):
             stream.seal_if_full()
             self._failpoints.hit("decode.kv_written", stream.next_index)
@@ -209,11 +209,12 @@ class DecodeEngine:
                 self._refuse(stream.request_id, stream.epoch, fenced)
                 continue
             self._failpoints.hit("decode.committed", index)
-            reports.append(stream.report(index))
+            reports.append(stream.known_from(index))
             if reports[-1].finish:
                 self._forget(stream)
         self.steps += 1
-        self._send_tokens(reports)
+        if reports:
+            self._report(reports)
 
     def _compute(self, streams: list[DecodeStream]) -> np.ndarray:
         """Runs the batch through all layer groups; K and V of each row are in its page, checksummed."""
@@ -236,8 +237,3 @@ class DecodeEngine:
                 for stream in streams:
                     self._failpoints.hit("decode.mid_layer", stream.next_index)
         return self._backend.logits(np.arange(len(streams), dtype=np.int32))
-
-    def _send_tokens(self, streams: Iterable[control_pb2.StreamTokens]) -> None:
-        report = control_pb2.StepReport(streams=streams)
-        if report.streams:
-            self._report(control_pb2.WorkerEvent(step=report))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,37 @@ from services.kv.record import StreamRecord
 from services.kv.verify import verify_groups, verify_rows
 from services.ops.errors import CorruptKv, StaleEpoch
 from services.wire.messages import finish_reason, sampling_params
+
+
+class Known(NamedTuple):
+    """Tokens of a stream as they were when a step had been committed, from the index `first` on."""
+
+    request_id: str
+    epoch: int
+    first: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finish: inference_pb2.FinishReason
+
+    def message(self) -> control_pb2.StreamTokens:
+        tokens = [
+            control_pb2.Token(index=self.first + i, token_id=token, logprob=logprob)
+            for i, (token, logprob) in enumerate(zip(self.token_ids, self.logprobs, strict=True))
+        ]
+        return control_pb2.StreamTokens(
+            request_id=self.request_id, epoch=self.epoch, tokens=tokens, finish=self.finish
+        )
+
+
+Report = control_pb2.WorkerEvent | list[Known]
+
+
+def as_event(report: Report) -> control_pb2.WorkerEvent:
+    """What the scheduler is told. Messages of tokens are made here, not between two steps."""
+    if isinstance(report, control_pb2.WorkerEvent):
+        return report
+    step = control_pb2.StepReport(streams=[known.message() for known in report])
+    return control_pb2.WorkerEvent(step=step)
 
 
 @dataclass
@@ -207,17 +239,11 @@ class DecodeStream:
         """How the stream stands after the last known token."""
         return finish_reason(self.next_token, self.first_index + self.steps, self.command.sampling)
 
-    def report(self, from_index: int) -> control_pb2.StreamTokens:
+    def known_from(self, from_index: int) -> Known:
         """The known tokens from `from_index` on, with the finish if there is one."""
         first = max(from_index, self.first_index)
-        tokens = [
-            control_pb2.Token(
-                index=index,
-                token_id=int(self.record.tokens[self.prompt + index - self.first_index]),
-                logprob=float(self.record.logprobs[self.prompt + index - self.first_index]),
-            )
-            for index in range(first, self.first_index + self.steps + 1)
-        ]
-        return control_pb2.StreamTokens(
-            request_id=self.request_id, epoch=self.epoch, tokens=tokens, finish=self.finish()
-        )
+        at = slice(self.prompt + first - self.first_index, self.prompt + self.steps + 1)
+        return Known(
+            self.request_id, self.epoch, first, self.record.tokens[at].tolist(),
+            self.record.logprobs[at].tolist(), self.finish(),
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from baton.v1 import control_pb2
 from services.decode.__main__ import DecodeWorker
 from services.decode.config import DecodeConfig
 from services.decode.engine_loop import DecodeEngine
+from services.decode.stream import Report, as_event
 from services.kv import locks
 from services.kv.worker import ArenaHold
 from services.prefill.__main__ import PrefillWorker
@@ -179,11 +180,14 @@ class DecodeProcess(WorkerProcess):
         config = DecodeConfig(name=self.name, batch_max=3)
         worker = DecodeWorker.__new__(DecodeWorker)
         worker._settings, worker._hold, worker._address = config, self.hold, self.address
-        engine = DecodeEngine(config, self.home.arena, self.backend, self.report)
-        worker.engine, worker._report = engine, self.report  # type: ignore[method-assign]
+        engine = DecodeEngine(config, self.home.arena, self.backend, self._report)
+        worker.engine, worker._report = engine, self._report  # type: ignore[method-assign]
         engine._wake = Event(self._threaded(engine))  # type: ignore[assignment]
         self.engine = engine
         return worker
+
+    def _report(self, report: Report) -> None:
+        self.report(as_event(report))
 
     def writable(self) -> dict[str, set[int]]:
         return {

@@ -35,6 +35,7 @@ from baton.bench.kv.actors import Actor, ServiceProcess
 from baton.v1 import control_pb2, store_pb2, store_pb2_grpc
 from services.decode.config import DecodeConfig
 from services.decode.engine_loop import DecodeEngine
+from services.decode.stream import Report, as_event
 from services.kv.identity import RowIdentity
 from services.kv.layout import PAGE_TOKENS
 from services.kv.record import StreamRecord
@@ -120,11 +121,11 @@ class Decoder:
             await socket.recv()
             await socket.send(_STAMP.pack(time.monotonic()))
 
-    def _report(self, event: control_pb2.WorkerEvent) -> None:
-        self._loop.call_soon_threadsafe(self._count, event)
+    def _report(self, report: Report) -> None:
+        self._loop.call_soon_threadsafe(self._count, report)
 
-    def _count(self, event: control_pb2.WorkerEvent) -> None:
-        self._reports += len(event.SerializeToString()) > 0
+    def _count(self, report: Report) -> None:
+        self._reports += len(as_event(report).SerializeToString()) > 0
 
     def prepare(self, opened: list[Opened]) -> None:
         """Streams whose prompts are there, and their first tokens."""
