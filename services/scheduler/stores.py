@@ -19,6 +19,7 @@ from services.wire import rpc
 
 _logger = log.get("stores")
 _RETRY_S = (0.01, 0.02, 0.05, 0.1)
+_UNKNOWN_S = 0.05  # between two looks for a store that is not known
 CALL_S = 5.0  # of one attempt; a call is repeated for as long as its store is away
 DESCRIBE_S = 0.5  # between two looks at a store
 LOOK_S = 0.5  # that a look may take: the view of the others does not wait for a store that is away
@@ -33,6 +34,7 @@ OpenStreams = Callable[[], dict[str, dict[str, int]]]  # store -> request -> epo
 Lost = Callable[[str, dict[str, int]], None]
 WaitsFor = Callable[[Sequence[store_pb2.Awaited]], None]
 Replied = Callable[[CallStore, Any, str, str], None]
+Changed = Callable[[dict[str, str], set[str]], None]
 
 
 class Stores:
@@ -48,22 +50,28 @@ class Stores:
         self._by_id: dict[str, str] = {}
         self._last: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._pending: Counter[str] = Counter()  # store -> calls without an answer
+        self._changed: Changed = lambda ingest, returned: None
         self._behind: set[str] = set()  # stores that have missed calls
+        self._replaced: set[str] = set()  # stores at whose address there is another one now
         self.described: dict[str, store_pb2.DescribeResponse] = {}
 
-    async def watch(self, changed: Callable[[dict[str, str], set[str]], None]) -> None:
+    async def watch(self, changed: Changed) -> None:
         """Keeps descriptions fresh; `changed` gets store id -> ingest address, and the stores that are
         back and have missed calls."""
+        self._changed = changed
 
         async def look(address: str) -> None:
             while True:
                 await self.refresh(address)
-                ingest = {d.pages.store_id: d.ingest_address for d in self.described.values()}
-                changed(ingest, self._caught_up())
+                self._tell()
                 known = address in self.described
                 await asyncio.sleep(DESCRIBE_S if known else _RETRY_S[-1])
 
         await asyncio.gather(*(look(address) for address in self._addresses))
+
+    def _tell(self) -> None:
+        ingest = {d.pages.store_id: d.ingest_address for d in self.described.values()}
+        self._changed(ingest, self._caught_up())
 
     def _caught_up(self) -> set[str]:
         """Stores that have missed calls and answer again."""
@@ -88,6 +96,9 @@ class Stores:
         if described.fingerprint != self._fingerprint:
             _logger.error("store of another model refused", address=address)
             return
+        if address in self.described:
+            self._replaced.add(self.described[address].pages.store_id)
+        self._replaced.discard(described.pages.store_id)
         self.described[address] = described
         self._by_id = {d.pages.store_id: a for a, d in self.described.items()}
 
@@ -152,11 +163,8 @@ class Stores:
         attempts = 0
         while True:
             address = self._by_id.get(call.store_id)
-            if address is None and len(self.described) < len(self._addresses):
-                await asyncio.sleep(_RETRY_S[0])  # it may be one that has not answered yet
-                continue
-            if address is None and len(self.described) < len(self._addresses):
-                await asyncio.sleep(_RETRY_S[-1])  # it may be one that has not been seen yet
+            if address is None and await self._may_come(call.store_id):
+                await asyncio.sleep(_UNKNOWN_S)
                 continue
             if address is None:
                 self._replied(call, None, "NOT_FOUND", f"store {call.store_id} is gone")
@@ -173,6 +181,18 @@ class Stores:
                 return
             self._replied(call, reply, "OK", "")
             return
+
+    async def _may_come(self, store_id: str) -> bool:
+        """Whether an unknown store may still be found. A worker of a new one may be here before it was
+        looked at, so all are looked at again; who does not answer may be the one."""
+        if store_id in self._replaced:
+            return False
+        if len(self.described) < len(self._addresses):
+            return True
+        await asyncio.gather(*(self.refresh(address) for address in self._addresses))
+        self._tell()
+        answering = [d for d in self.described.values() if d.pages.reachable]
+        return store_id in self._by_id or len(answering) < len(self._addresses)
 
     async def close(self) -> None:
         for task in list(self._last.values()):

@@ -91,6 +91,36 @@ async def away(a: str, b: str) -> None:
     await there.stop(0)
 
 
+def test_a_store_in_the_place_of_another_is_looked_for(tmp_path: Any) -> None:
+    """A worker of it may be here before the scheduler has looked: that is not "gone". The other is."""
+
+    async def replaced() -> None:
+        address, replies = f"unix:{tmp_path}/a.sock", dict[str, str]()
+        stores = Stores(
+            (address,),
+            FINGERPRINT,
+            lambda call, _, code, __: replies.update({call.request_id: code}),
+        )
+        old, _ = await serve(address, "A")
+        ingest = list[str]()
+        watching = asyncio.create_task(stores.watch(lambda now, _: ingest.extend(now)))
+        await until(lambda: ingest)
+        watching.cancel()
+        await old.stop(0)
+        new, servicer = await serve(address, "B")
+        stores.call(release("B", "of-b"))
+        await until(lambda: replies)
+        assert ingest[-1] == "B"  # what is placed on it needs its address
+        stores.call(release("A", "of-a"))
+        await until(lambda: len(replies) == 2)
+        assert replies == {"of-b": "OK", "of-a": "NOT_FOUND"}
+        assert servicer.released == ["of-b"]
+        await stores.close()
+        await new.stop(0)
+
+    asyncio.run(replaced())
+
+
 def test_a_store_that_nobody_has_seen_yet_is_waited_for(tmp_path: Any) -> None:
     """A worker of it may be here before it is: that is not "gone"."""
 
