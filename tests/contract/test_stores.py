@@ -22,7 +22,7 @@ class Answering(store_pb2_grpc.KvStoreServicer):  # type: ignore[misc]
 
     async def Describe(self, request: Any, context: Any) -> store_pb2.DescribeResponse:
         await self._allowed.wait()
-        pages = cluster_pb2.StorePages(store_id=self._id)
+        pages = cluster_pb2.StorePages(store_id=self._id, reachable=True)
         return store_pb2.DescribeResponse(pages=pages, fingerprint="f")
 
     async def Publish(self, request: Any, context: Any) -> store_pb2.PublishResponse:
@@ -58,7 +58,7 @@ async def two_stores(
         "f",
         lambda call, reply, code, message: replies.put_nowait((call.request_id, code)),
     )
-    watching = asyncio.create_task(stores.watch(lambda ingest: None))
+    watching = asyncio.create_task(stores.watch(lambda ingest, returned: None))
     try:
         async with asyncio.timeout(30):
             yield stores, replies
