@@ -401,7 +401,7 @@ class Member {
     }
   }
 
-  static constexpr int kPartRows = 128;
+  static constexpr int kPartRows = 128;  // at most, of one item of a product
   static constexpr int kAtAStretch = 16;  // rows, so that many are under way together
   static constexpr int kAskLines = 128;  // before an item of a small phase
 
