@@ -92,29 +92,32 @@ async def away(a: str, b: str) -> None:
 
 
 def test_a_store_in_the_place_of_another_is_looked_for(tmp_path: Any) -> None:
-    """A worker of it may be here before the scheduler has looked: that is not "gone". The other is."""
+    """A worker of it may be here before the scheduler has looked, or before it answers: that is not
+    "gone". The other is, also while a third does not answer."""
 
     async def replaced() -> None:
-        address, replies = f"unix:{tmp_path}/a.sock", dict[str, str]()
+        a, b = f"unix:{tmp_path}/a.sock", f"unix:{tmp_path}/b.sock"
+        replies, ingest = dict[str, str](), set[str]()
         stores = Stores(
-            (address,),
-            FINGERPRINT,
-            lambda call, _, code, __: replies.update({call.request_id: code}),
+            (a, b), FINGERPRINT, lambda call, _, code, __: replies.update({call.request_id: code})
         )
-        old, _ = await serve(address, "A")
-        ingest = list[str]()
-        watching = asyncio.create_task(stores.watch(lambda now, _: ingest.extend(now)))
-        await until(lambda: ingest)
+        old, _ = await serve(a, "old")
+        third, _ = await serve(b, "third")
+        watching = asyncio.create_task(stores.watch(lambda now, _: ingest.update(now)))
+        await until(lambda: len(ingest) == 2)
         watching.cancel()
         await old.stop(0)
-        new, servicer = await serve(address, "B")
-        stores.call(release("B", "of-b"))
+        stores.call(release("new", "early"))
+        await until(lambda: not stores.described[a].pages.reachable)
+        new, servicer = await serve(a, "new")
         await until(lambda: replies)
-        assert ingest[-1] == "B"  # what is placed on it needs its address
-        stores.call(release("A", "of-a"))
+        assert "new" in ingest  # what is placed on it needs its address
+        await third.stop(0)
+        await stores.refresh(b)
+        stores.call(release("old", "late"))
         await until(lambda: len(replies) == 2)
-        assert replies == {"of-b": "OK", "of-a": "NOT_FOUND"}
-        assert servicer.released == ["of-b"]
+        assert replies == {"early": "OK", "late": "NOT_FOUND"}
+        assert servicer.released == ["early"]
         await stores.close()
         await new.stop(0)
 
